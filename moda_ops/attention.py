@@ -1,0 +1,183 @@
+"""The public attention function: friendly arguments in, one call of ``torch.ops.moda.attention``."""
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+Depth = Sequence[Tensor] | Tensor
+Window = int | tuple[int | None, int | None]
+
+
+@overload
+def moda_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: Depth | None = ...,
+    v_depth: Depth | None = ...,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: Window | None = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def moda_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: Depth | None = ...,
+    v_depth: Depth | None = ...,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: Window | None = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def moda_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: Depth | None = None,
+    v_depth: Depth | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attend, under one softmax, to a sequence's keys and to the depth keys of the query's token.
+
+    For batch b, token t, query head h and its key/value head j = h // G (all of one batch b)::
+
+        a_n = scale * q[t,h] . k[n,j]               for every visible sequence key n
+        d_l = scale * q[t,h] . k_depth[l][t,j]      for every depth slot l
+        lse = log( sum_n exp a_n + sum_l exp d_l )
+        out = sum_n exp(a_n - lse) v[n,j] + sum_l exp(d_l - lse) v_depth[l][t,j]
+
+    (arXiv 2603.15619, section 2, mechanism (d); the kernel is its algorithm 1.) Differentiable in
+    every tensor argument, through ``out`` and through ``lse``. Nothing is copied: tensors are read
+    where they lie, with any strides whose last is 1.
+
+    Args:
+        q: queries, (B, T, HQ, D); float16, bfloat16 or float32, on a CPU also float64.
+        k: sequence keys, (B, S, H, D), q's dtype. HQ = G * H for an integer G >= 1.
+        v: sequence values, (B, S, H, DV), q's dtype. 1 <= D, DV <= 256.
+        k_depth: depth keys, q's dtype: a list of L slots (B, T, H, D), or one packed tensor
+            (B, T, L, H, D). ``None`` and the empty list mean L = 0, plain attention.
+        v_depth: depth values in the same form: slots (B, T, H, DV) or packed (B, T, L, H, DV).
+        causal: query t sits at key position t + S - T (bottom-right alignment) and sees the keys up
+            to that position. ``False`` shows all keys. Depth slots are never masked.
+        scale: factor on every score; default 1 / sqrt(D).
+        window: ``(left, right)`` shows the keys within [position - left, position + right], both
+            ends included, ``None`` on a side is unbounded; an int w means (w, w). Under ``causal``
+            nothing on the right is visible whatever ``right`` says.
+        softcap: c > 0 replaces each score x, of both kinds, by c * tanh(x / c).
+        return_lse: also return ``lse``.
+
+    Returns:
+        ``out`` (B, T, HQ, DV) in q's dtype, contiguous; with ``return_lse`` the pair
+        ``(out, lse)``, where ``lse`` is (B, HQ, T) in float32 (float64 for float64 inputs), natural
+        logarithm. A row that sees nothing has out = 0, lse = -inf and zero gradients.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        ValueError: shapes, devices or strides that do not fit, or an option outside its range.
+
+    Example:
+        >>> import torch
+        >>> from moda_ops import moda_attention
+        >>> B, T, HQ, H, D = 2, 16, 4, 2, 32
+        >>> q = torch.randn(B, T, HQ, D, requires_grad=True)
+        >>> k, v = torch.randn(B, T, H, D), torch.randn(B, T, H, D)
+        >>> slots = [torch.randn(B, T, H, D) for _ in range(3)]
+        >>> out, lse = moda_attention(q, k, v, slots, slots, return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([2, 16, 4, 32]), torch.Size([2, 4, 16]))
+        >>> out.sum().backward()
+        >>> q.grad.shape
+        torch.Size([2, 16, 4, 32])
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if (k_depth is None) != (v_depth is None):
+        given, missing = ("k_depth", "v_depth") if v_depth is None else ("v_depth", "k_depth")
+        raise ValueError(f"{given} is given but {missing} is None; give both or neither")
+    _check_option("scale", scale)
+    _check_option("softcap", softcap)
+    left, right = _window_sides(window)
+    out, lse = torch.ops.moda.attention(
+        q,
+        k,
+        v,
+        _slot_list("k_depth", k_depth),
+        _slot_list("v_depth", v_depth),
+        causal=_checked_bool("causal", causal),
+        scale=scale,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+    )
+    return (out, lse) if _checked_bool("return_lse", return_lse) else out
+
+
+def _checked_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return value
+
+
+def _check_option(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{name} must be a number or None, got {value!r}")
+
+
+def _slot_list(name: str, depth: Depth | None) -> list[Tensor]:
+    """The op's form of depth: L slots (B, T, H, D), or a list of one packed (B, T, L, H, D)."""
+    if depth is None:
+        return []
+    if isinstance(depth, Tensor):
+        if depth.dim() != 5:
+            raise ValueError(
+                f"{name} given as one tensor must be packed, (B, T, L, H, D), got "
+                f"{depth.dim()} dimensions {tuple(depth.shape)}; a single slot goes in a list"
+            )
+        return [depth]
+    if not isinstance(depth, (list, tuple)):
+        raise TypeError(
+            f"{name} must be a list of tensors (B, T, H, D) or one packed tensor (B, T, L, H, D), "
+            f"got {type(depth).__name__}"
+        )
+    for i, slot in enumerate(depth):
+        if not isinstance(slot, Tensor):
+            raise TypeError(f"{name}[{i}] must be a torch.Tensor, got {type(slot).__name__}")
+        if slot.dim() != 4:
+            raise ValueError(
+                f"{name}[{i}] must be (B, T, H, D), got {slot.dim()} dimensions "
+                f"{tuple(slot.shape)}; a packed tensor is given by itself, not in a list"
+            )
+    return list(depth)
+
+
+def _window_sides(window: Window | None) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    sides = (window, window) if isinstance(window, int) else window
+    if not isinstance(sides, tuple) or len(sides) != 2:
+        raise TypeError(f"window must be None, an int or a pair (left, right), got {window!r}")
+    for side in sides:
+        if isinstance(side, bool) or not (side is None or isinstance(side, (int, torch.SymInt))):
+            raise TypeError(f"window sides must be ints or None, got {window!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"window sides must be >= 0 (None is unbounded), got {window!r}")
+    return sides

@@ -1,0 +1,152 @@
+"""The operators in plain PyTorch: what CPU tensors get, and the readable form of the kernels.
+
+Memory is O(T * S) for the sequence scores and O(T * L) for the depth scores: no depth slot is ever
+copied or stacked. float16 and bfloat16 are computed in float32, as the kernels do. A query at key
+position p sees the keys of the band [p - left, p + right]; None is unbounded, causal is right = 0.
+"""
+
+import torch
+from torch import Tensor
+
+
+def depth_slots(depth: list[Tensor]) -> list[Tensor]:
+    """Per-slot views (B, T, H, D) of either form: a list of slots, or a list of one packed tensor."""
+    packed = len(depth) == 1 and depth[0].dim() == 5
+    return list(depth[0].unbind(2)) if packed else depth
+
+
+def _visible(T: int, S: int, left: int | None, right: int | None, device: torch.device) -> Tensor:
+    position = torch.arange(S - T, S, device=device)[:, None]
+    keys = torch.arange(S, device=device)[None, :]
+    seen = torch.ones(T, S, dtype=torch.bool, device=device)
+    if left is not None:
+        seen &= keys >= position - left
+    if right is not None:
+        seen &= keys <= position + right
+    return seen  # [T, S]
+
+
+def _grouped(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
+    """(B, T, HQ, D) -> (B, H, G, T, D), in the compute dtype."""
+    B, T, HQ, D = x.shape
+    return x.reshape(B, T, H, HQ // H, D).permute(0, 2, 3, 1, 4).to(dtype)
+
+
+def _ungrouped(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, H, G, T, D) -> (B, T, HQ, D), contiguous."""
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dtype).contiguous()
+
+
+def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, S, H, D) -> (B, H, 1, S, D): one key/value head broadcasts over its group."""
+    return x.transpose(1, 2).unsqueeze(2).to(dtype)
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    k_depth: list[Tensor],
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Scores [B, H, G, T, S + L], sequence then depth, masked with -inf; and the softcap's slope."""
+    T, S = q.shape[-2], k.shape[-2]
+    sequence = q @ k.mT  # [B, H, G, T, S]
+    depth = [(q * _heads_first(slot, q.dtype)).sum(-1, keepdim=True) for slot in k_depth]
+    scores = torch.cat([sequence, *depth], -1) * scale
+    slope = torch.ones_like(scores)
+    if softcap is not None:
+        capped = torch.tanh(scores / softcap)
+        scores, slope = softcap * capped, 1 - capped * capped
+    hidden = ~_visible(T, S, left, right, q.device)
+    scores[..., :S].masked_fill_(hidden, float("-inf"))
+    return scores, slope
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """``moda::attention``: out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T)."""
+    H, S = k.shape[2], k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
+    scores, _ = _scores(rows, keys, depth_slots(k_depth), scale, left, right, softcap)
+    lse = torch.logsumexp(scores, -1)  # [B, H, G, T]
+    p = _probabilities(scores, lse)
+    out = p[..., :S] @ values
+    for i, slot in enumerate(depth_slots(v_depth), S):
+        out += p[..., i, None] * _heads_first(slot, dtype)
+    return _ungrouped(out, q.dtype), lse.flatten(1, 2).contiguous()
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """``moda::attention_backward``: the gradients, contiguous, depth in the form it was given."""
+    H, S = k.shape[2], k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
+    drows = _grouped(dout, H, dtype)
+    k_slots, v_slots = depth_slots(k_depth), depth_slots(v_depth)
+
+    delta = (drows * _grouped(out, H, dtype)).sum(-1)  # [B, H, G, T]
+    if dlse is not None:
+        delta = delta - dlse.to(dtype).unflatten(1, delta.shape[1:3])
+    scores, slope = _scores(rows, keys, k_slots, scale, left, right, softcap)
+    p = _probabilities(scores, lse.to(dtype).unflatten(1, delta.shape[1:3]))
+    dp_depth = [(drows * _heads_first(slot, dtype)).sum(-1, keepdim=True) for slot in v_slots]
+    dp = torch.cat([drows @ values.mT, *dp_depth], -1)
+    ds = p * (dp - delta[..., None]) * slope * scale  # [B, H, G, T, S + L]
+
+    drows_q = ds[..., :S] @ keys
+    for i, slot in enumerate(k_slots, S):
+        drows_q += ds[..., i, None] * _heads_first(slot, dtype)
+    dk = (ds[..., :S].mT @ rows).sum(2).transpose(1, 2)
+    dv = (p[..., :S].mT @ drows).sum(2).transpose(1, 2)
+    L = len(k_slots)
+    dk_slots = [(ds[..., S + i, None] * rows).sum(2).transpose(1, 2) for i in range(L)]
+    dv_slots = [(p[..., S + i, None] * drows).sum(2).transpose(1, 2) for i in range(L)]
+    return (
+        _ungrouped(drows_q, q.dtype),
+        dk.to(q.dtype).contiguous(),
+        dv.to(q.dtype).contiguous(),
+        _in_form_of(k_depth, dk_slots),
+        _in_form_of(v_depth, dv_slots),
+    )
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse); a row that sees nothing (lse = -inf) has only scores of -inf, hence zeros."""
+    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+
+
+def _in_form_of(depth: list[Tensor], slots: list[Tensor]) -> list[Tensor]:
+    """Gradients (B, T, H, D) per slot, as the contiguous tensors that the op's caller expects."""
+    if len(depth) == 1 and depth[0].dim() == 5:
+        packed = torch.empty_like(depth[0], memory_format=torch.contiguous_format)
+        for grad, slot in zip(packed.unbind(2), slots):
+            grad.copy_(slot)
+        return [packed]
+    return [slot.to(depth[0].dtype).contiguous() for slot in slots]

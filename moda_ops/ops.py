@@ -1,0 +1,160 @@
+"""torch.ops.moda.*: schemas, shape rules, autograd, and where each device's code lives.
+
+Depth travels as a list: L slots (B, T, H, D), or one packed tensor (B, T, L, H, D) as a list of one.
+CPU tensors run ``moda_ops.eager``; CUDA tensors run the Triton kernels of ``moda_kernels``, imported
+by the first such call.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moda_ops import eager
+from moda_ops.checks import check_attention, check_backward
+
+_LIBRARY = torch.library.Library("moda", "DEF")  # the registrations live as long as this object
+_OPTIONS = (
+    "*, bool causal=True, float? scale=None, SymInt? window_left=None, SymInt? window_right=None, "
+    "float? softcap=None"
+)
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "
+    f"{_OPTIONS}) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
+    f"Tensor[] k_depth, Tensor[] v_depth, Tensor out, Tensor lse, {_OPTIONS}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dk_depth, Tensor[] dv_depth)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class Options(NamedTuple):
+    """The keyword-only tail of both schemas, as the caller gave it.
+
+    Keyword-only because the dispatcher drops positional arguments that equal their defaults, and
+    register_autograd then refuses the gradients of an op with Tensor[] arguments.
+    """
+
+    causal: bool = True
+    scale: float | None = None
+    window_left: int | None = None
+    window_right: int | None = None
+    softcap: float | None = None
+
+    def resolved(self, head_dim: int) -> tuple[float, int | None, int | None, float | None]:
+        """(scale, left, right, softcap) as implementations take them: causal is right = 0."""
+        scale = 1 / math.sqrt(head_dim) if self.scale is None else self.scale
+        return scale, self.window_left, 0 if self.causal else self.window_right, self.softcap
+
+
+def _implementation(q: Tensor) -> Any:
+    """The module whose ``attention`` and ``attention_backward`` run for q's device."""
+    if q.device.type == "cpu":
+        return eager
+    import moda_kernels
+
+    return moda_kernels
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], **options: Any
+) -> tuple[Tensor, Tensor]:
+    opts = Options(**options)
+    check_attention(q, k, v, k_depth, v_depth, opts)
+    return _implementation(q).attention(q, k, v, k_depth, v_depth, *opts.resolved(q.shape[-1]))
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], **options: Any
+) -> tuple[Tensor, Tensor]:
+    check_attention(q, k, v, k_depth, v_depth, Options(**options))
+    B, T, HQ, _ = q.shape
+    return q.new_empty(B, T, HQ, v.shape[-1]), q.new_empty(B, HQ, T, dtype=_lse_dtype(q))
+
+
+def _attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    opts = Options(**options)
+    check_attention(q, k, v, k_depth, v_depth, opts)
+    check_backward(dout, dlse, out, lse, q, v, _lse_dtype(q))
+    dout = torch.zeros_like(out) if dout is None else dout
+    return _implementation(q).attention_backward(
+        dout, dlse, q, k, v, k_depth, v_depth, out, lse, *opts.resolved(q.shape[-1])
+    )
+
+
+def _attention_backward_fake(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    check_attention(q, k, v, k_depth, v_depth, Options(**options))
+    check_backward(dout, dlse, out, lse, q, v, _lse_dtype(q))
+
+    def contiguous(tensors: list[Tensor]) -> list[Tensor]:
+        return [x.new_empty(x.shape) for x in tensors]
+
+    dq, dk, dv = contiguous([q, k, v])
+    return dq, dk, dv, contiguous(k_depth), contiguous(v_depth)
+
+
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    q, k, v, k_depth, v_depth = inputs
+    ctx.save_for_backward(q, k, v, *k_depth, *v_depth, *output)
+    ctx.slots, ctx.options = len(k_depth), keyword_only_inputs
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, *depth, out, lse = ctx.saved_tensors
+    k_depth, v_depth = depth[: ctx.slots], depth[ctx.slots :]
+    return torch.ops.moda.attention_backward(  # type: ignore[no-any-return]
+        dout, dlse, q, k, v, k_depth, v_depth, out, lse, **ctx.options
+    )
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError("moda::attention has no second derivative (create_graph=True)")
+
+
+for _name, _kernel, _fake in (
+    ("attention", _attention, _attention_fake),
+    ("attention_backward", _attention_backward, _attention_backward_fake),
+):
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _kernel, _device)
+    torch.library.register_fake(f"moda::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "moda::attention", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+torch.library.register_autograd("moda::attention_backward", _no_double_backward, lib=_LIBRARY)
