@@ -1,0 +1,108 @@
+"""Backward for the sequence's k and v.
+
+    dv_n = sum p dout,   dk_n = scale sum ds q,   over the (token, group) rows that see key n
+
+A program owns BLOCK_N keys of one key/value head and walks over those rows, BLOCK_M at a time.
+"""
+
+import triton
+import triton.language as tl
+
+from moda_kernels.common import LOG2E, band_mask, base2_scores, load_rows, softcap_slope
+
+
+@triton.jit
+def _accumulate_dkv(
+    dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, begin, end, offs_n, T, S,
+    scale, left, right, softcap, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the share of rows [begin, end)."""
+    offs_d = tl.arange(0, k.shape[1])
+    offs_dv = tl.arange(0, v.shape[1])
+    for start in range(begin, end, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        row_ok = rows < end
+        t = (rows // G).to(tl.int64)
+        g = (rows % G).to(tl.int64)
+        q_rows = q_base + t * q_strides[1] + g * q_strides[2]
+        dout_rows = dout_base + t * dout_strides[1] + g * dout_strides[2]
+        q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D, True)  # [BLOCK_M, BLOCK_D]
+        dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV, True)
+        lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf")) * LOG2E
+        delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
+        scores = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)
+        p = tl.exp2(scores - lse[None, :])  # [BLOCK_N, BLOCK_M]
+        if MASKED:
+            positions = (rows // G + (S - T))[None, :]
+            p = tl.where(band_mask(positions, offs_n[:, None], S, left, right), p, 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
+        if softcap is not None:
+            ds *= softcap_slope(scores, softcap)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def _moda_backward_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_strides, k_strides, v_strides, dout_strides, scale, left, right, softcap, B, T, S, H,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    start_n = tl.program_id(0) // (B * H) * BLOCK_N  # the first keys are seen by most rows: longest first
+    head = tl.program_id(0) % (B * H)
+    b = (head // H).to(tl.int64)
+    j = (head % H).to(tl.int64)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    n_ok = offs_n < S
+    n = offs_n.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    k_rows = k_ptr + b * k_strides[0] + n * k_strides[1] + j * k_strides[2]
+    v_rows = v_ptr + b * v_strides[0] + n * v_strides[1] + j * v_strides[2]
+    k = load_rows(k_rows[:, None] + offs_d[None, :], n_ok, offs_d, D, True)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(v_rows[:, None] + offs_dv[None, :], n_ok, offs_dv, DV, True)  # [BLOCK_N, BLOCK_DV]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    q_base = q_ptr + b * q_strides[0] + j * G * q_strides[2]
+    dout_base = dout_ptr + b * dout_strides[0] + j * G * dout_strides[2]
+    lse_base = lse_ptr + (b * H + j) * G * T
+    delta_base = delta_ptr + (b * H + j) * G * T
+
+    # Tokens that see any of these keys, [begin, end), and that see all of them, [full_begin, full_end).
+    last_n = tl.minimum(start_n + BLOCK_N, S) - 1
+    begin = 0
+    full_begin = 0
+    end = T
+    full_end = T
+    if right is not None:
+        begin = tl.maximum(start_n - right - (S - T), 0)
+        full_begin = tl.minimum(tl.maximum(last_n - right - (S - T), 0), T)
+    if left is not None:
+        end = tl.maximum(tl.minimum(last_n + left - (S - T) + 1, T), 0)
+        full_end = tl.minimum(start_n + left - (S - T) + 1, T)
+    full_begin = tl.minimum(full_begin, end)
+    full_end = tl.maximum(full_end, full_begin)
+    if right is not None:
+        dk, dv = _accumulate_dkv(
+            dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, begin * G,
+            full_begin * G, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, True,
+        )  # fmt: skip
+    dk, dv = _accumulate_dkv(
+        dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, full_begin * G,
+        full_end * G, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, False,
+    )  # fmt: skip
+    if left is not None:
+        dk, dv = _accumulate_dkv(
+            dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, full_end * G,
+            end * G, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, True,
+        )  # fmt: skip
+
+    dk_ptrs = dk_ptr + ((b * S + n) * H + j)[:, None] * D + offs_d[None, :]
+    dv_ptrs = dv_ptr + ((b * S + n) * H + j)[:, None] * DV + offs_dv[None, :]
+    dk = (dk * scale).to(dk_ptr.dtype.element_ty)
+    tl.store(dk_ptrs, dk, mask=n_ok[:, None] & (offs_d < D)[None, :])
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=n_ok[:, None] & (offs_dv < DV)[None, :])

@@ -1,0 +1,135 @@
+"""What the passes share: scores, the band mask, the online softmax, and where a depth slot lies.
+
+Rows of a tile are (token, group) pairs of one key/value head, r = t * G + g, so that all G queries
+that share a key sit in one tile (arXiv 2603.15619, algorithm 1). A query at key position p sees the
+keys of the band [p - left, p + right]; a side that is None is unbounded, and causal is right = 0.
+Scores are kept in base 2: exp(x) = 2^(x log2 e).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 accuracy: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) cancels."""
+    x2 = x * x
+    series = 0.0207946177 - 0.0058939453 * x2  # least squares on x^2 in [0, 0.36], 1.3 ulp
+    series = x2 * (-0.333332975 + x2 * (0.133319153 + x2 * (-0.053783293 + x2 * series)))
+    magnitude = tl.abs(x)
+    large = 1 - 2 / (tl.exp2(magnitude * (2 * LOG2E)) + 1)
+    return tl.where(magnitude < 0.55, x + x * series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def base2_scores(qk, scale, softcap):
+    """log2(e) times the score of each raw product q . k."""
+    if softcap is None:
+        return qk * (scale * LOG2E)
+    else:
+        return tanh(qk * (scale / softcap)) * (softcap * LOG2E)
+
+
+@triton.jit
+def softcap_slope(scores, softcap):
+    """d score / d (scale q . k) = 1 - tanh^2, from the base-2 scores."""
+    capped = scores / (softcap * LOG2E)
+    return 1 - capped * capped
+
+
+@triton.jit
+def band_mask(positions, keys, S, left, right):
+    """Which keys each position sees; the two index tensors broadcast against each other."""
+    seen = keys < S
+    if left is not None:
+        seen = seen & (keys >= positions - left)
+    if right is not None:
+        seen = seen & (keys <= positions + right)
+    return seen
+
+
+@triton.jit
+def key_range(first, last, S, left, right, BLOCK_N: tl.constexpr):
+    """Key blocks that positions first..last see: [begin, end), and [full_begin, full_end) inside it,
+    where all of them see every key, so that no mask is needed. All but ``end`` are block multiples.
+    """
+    begin = 0
+    full_begin = 0
+    end = S
+    full_end = S
+    if left is not None:
+        begin = tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(last - left, 0), BLOCK_N) * BLOCK_N
+    if right is not None:
+        end = tl.minimum(last + right + 1, S)
+        full_end = tl.maximum(tl.minimum(first + right + 1, S), 0)
+    return begin, full_begin, tl.maximum(full_end // BLOCK_N * BLOCK_N, full_begin), end
+
+
+@triton.jit
+def online_softmax(m_i, l_i, scores, GUARD: tl.constexpr):
+    """Take in scores along the last axis: new (m_i, l_i), the factor for what came before, and p.
+
+    GUARD covers rows that have seen nothing yet: their maximum is -inf and would give NaN.
+    """
+    axis: tl.constexpr = len(scores.shape) - 1
+    m_new = tl.maximum(m_i, tl.max(scores, axis))
+    shift = m_new
+    if GUARD:
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - shift)
+    p = tl.exp2(scores - tl.expand_dims(shift, axis))
+    return m_new, l_i * alpha + tl.sum(p, axis), alpha, p
+
+
+@triton.jit
+def load_rows(ptrs, rows_ok, offs_d, D: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """Load [.., BLOCK_D] rows of D elements; padding columns, and rows not ok, read as 0."""
+    BLOCK_D: tl.constexpr = offs_d.shape[0]
+    rank: tl.constexpr = len(ptrs.shape)
+    if rank == 2:
+        columns = offs_d[None, :] < D
+    else:
+        columns = offs_d[None, None, :] < D
+    if CHECK_ROWS:
+        ok = tl.expand_dims(rows_ok, rank - 1)
+        if D == BLOCK_D:
+            return tl.load(ptrs, mask=ok, other=0.0)
+        else:
+            return tl.load(ptrs, mask=ok & columns, other=0.0)
+    else:
+        if D == BLOCK_D:
+            return tl.load(ptrs)
+        else:
+            return tl.load(ptrs, mask=columns, other=0.0)
+
+
+@triton.jit
+def slot_rows(depth, b, j, offs_t, offs_l, l_ok, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers [.., BLOCK_L] to rows (b, t, j) of depth slots ``offs_l``; ``offs_t`` is [.., 1].
+
+    ``depth`` is (table,), one record (address, stride_b, stride_t, stride_h) per slot, or, for a
+    packed tensor, (pointer, stride_b, stride_t, stride_l, stride_h). ALIGNED: every row of every
+    slot starts on 16 bytes, which lets loads be vectorized although addresses come from memory.
+    """
+    t = offs_t.to(tl.int64)
+    if len(depth) == 1:
+        record = depth[0] + offs_l * 4
+        address = tl.load(record, mask=l_ok, other=0)
+        stride_b = tl.load(record + 1, mask=l_ok, other=0)
+        stride_t = tl.load(record + 2, mask=l_ok, other=0)
+        stride_h = tl.load(record + 3, mask=l_ok, other=0)
+        if ALIGNED:
+            address = tl.multiple_of(address, [16])
+            stride_b = tl.multiple_of(stride_b, [128 // dtype.primitive_bitwidth])
+            stride_t = tl.multiple_of(stride_t, [128 // dtype.primitive_bitwidth])
+            stride_h = tl.multiple_of(stride_h, [128 // dtype.primitive_bitwidth])
+        rows = address.to(tl.pointer_type(dtype)) + (b * stride_b + j * stride_h)
+        return rows[None, :] + t * stride_t[None, :]
+    else:
+        pointer, stride_b, stride_t, stride_l, stride_h = depth
+        rows = pointer + b * stride_b + j * stride_h
+        return rows + t * stride_t + offs_l.to(tl.int64)[None, :] * stride_l

@@ -1,0 +1,167 @@
+"""Forward: one online softmax over the sequence's keys, then over the depth slots of each row's token.
+
+    lse = log( sum_n exp a_n + sum_l exp d_l ),   out = sum_n e^(a_n - lse) v_n + sum_l e^(d_l - lse) v_l
+
+(arXiv 2603.15619, section 3, algorithm 1.) A program owns BLOCK_M (token, group) rows of one key/value
+head. The state (m_i, l_i, acc) of the online softmax never leaves registers between the two loops.
+"""
+
+import triton
+import triton.language as tl
+
+from moda_kernels.common import (
+    LN2,
+    band_mask,
+    base2_scores,
+    key_range,
+    load_rows,
+    online_softmax,
+    slot_rows,
+)
+
+
+@triton.jit
+def _attend_sequence(
+    q, m_i, l_i, acc, k_base, v_base, stride_k, stride_v, begin, end, positions, S, scale, left, right, softcap,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over key blocks [begin, end)."""
+    offs_d = tl.arange(0, q.shape[1])
+    offs_dv = tl.arange(0, BLOCK_DV)
+    for start in range(begin, end, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        k_ptrs = k_base + tl.cast(start, tl.int64) * stride_k + tl.arange(0, BLOCK_N)[:, None] * stride_k
+        k = load_rows(k_ptrs + offs_d[None, :], offs_n < S, offs_d, D, MASKED)  # [BLOCK_N, BLOCK_D]
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        scores = base2_scores(qk, scale, softcap)
+        if MASKED:
+            seen = band_mask(positions[:, None], offs_n[None, :], S, left, right)
+            scores = tl.where(seen, scores, float("-inf"))
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, MASKED)
+        v_ptrs = v_base + tl.cast(start, tl.int64) * stride_v + tl.arange(0, BLOCK_N)[:, None] * stride_v
+        v = load_rows(v_ptrs + offs_dv[None, :], offs_n < S, offs_dv, DV, MASKED)  # [BLOCK_N, BLOCK_DV]
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return m_i, l_i, acc
+
+
+@triton.jit
+def _attend_depth_by_dot(
+    q, m_i, l_i, acc, k_depth, v_depth, b, j, first_token, T, L, scale, softcap,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_L: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over depth, [G, D] x [D, BLOCK_L] products batched over the tile's tokens."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_DV: tl.constexpr = acc.shape[1]
+    BLOCK_T: tl.constexpr = BLOCK_M // G
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_t = first_token + tl.arange(0, BLOCK_T)
+    q = tl.reshape(q, [BLOCK_T, G, BLOCK_D])
+    acc = tl.reshape(acc, [BLOCK_T, G, BLOCK_DV])
+    m_i = tl.reshape(m_i, [BLOCK_T, G])
+    l_i = tl.reshape(l_i, [BLOCK_T, G])
+    for start in range(0, L, BLOCK_L):
+        offs_l = start + tl.arange(0, BLOCK_L)
+        ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
+        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
+        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D, True)
+        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV, True)
+        qk = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")  # [BLOCK_T, G, BLOCK_L]
+        scores = tl.where((offs_l < L)[None, None, :], base2_scores(qk, scale, softcap), float("-inf"))
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, False)
+        acc = acc * alpha[:, :, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return tl.reshape(m_i, [BLOCK_M]), tl.reshape(l_i, [BLOCK_M]), tl.reshape(acc, [BLOCK_M, BLOCK_DV])
+
+
+@triton.jit
+def _attend_depth_by_sum(
+    q, m_i, l_i, acc, k_depth, v_depth, b, j, offs_t, T, L, scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_L: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over depth, each row multiplying with its own token's slots and adding up."""
+    offs_d = tl.arange(0, q.shape[1])
+    offs_dv = tl.arange(0, acc.shape[1])
+    dtype: tl.constexpr = q.dtype
+    q = q.to(tl.float32)
+    for start in range(0, L, BLOCK_L):
+        offs_l = start + tl.arange(0, BLOCK_L)
+        ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
+        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
+        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D, True)
+        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV, True)
+        qk = tl.sum(q[:, None, :] * k.to(tl.float32), 2)  # [BLOCK_M, BLOCK_L]
+        scores = tl.where((offs_l < L)[None, :], base2_scores(qk, scale, softcap), float("-inf"))
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, False)
+        acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32), 1)
+    return m_i, l_i, acc
+
+
+@triton.jit
+def _moda_forward_kernel(
+    q_ptr, k_ptr, v_ptr, k_depth, v_depth, out_ptr, lse_ptr,
+    q_strides, k_strides, v_strides, scale, left, right, softcap, B, T, S, L, H,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DEPTH_DOT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    tile = tl.cdiv(T * G, BLOCK_M) - 1 - tl.program_id(0) // (B * H)  # longest causal rows first
+    head = tl.program_id(0) % (B * H)
+    b = (head // H).to(tl.int64)
+    j = (head % H).to(tl.int64)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_t = rows // G
+    row_ok = offs_t < T
+    query_head = j * G + rows % G
+    first_token = tile * BLOCK_M // G
+    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+
+    q_rows = q_ptr + b * q_strides[0] + offs_t.to(tl.int64) * q_strides[1] + query_head * q_strides[2]
+    q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D, True)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    k_base = k_ptr + b * k_strides[0] + j * k_strides[2]
+    v_base = v_ptr + b * v_strides[0] + j * v_strides[2]
+    positions = offs_t + (S - T)
+    begin, full_begin, full_end, end = key_range(
+        first_token + (S - T), last_token + (S - T), S, left, right, BLOCK_N
+    )
+    if left is not None:
+        m_i, l_i, acc = _attend_sequence(
+            q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], begin, tl.minimum(full_begin, end),
+            positions, S, scale, left, right, softcap, D, DV, BLOCK_N, BLOCK_DV, True,
+        )  # fmt: skip
+    m_i, l_i, acc = _attend_sequence(
+        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], full_begin, full_end,
+        positions, S, scale, left, right, softcap, D, DV, BLOCK_N, BLOCK_DV, False,
+    )  # fmt: skip
+    m_i, l_i, acc = _attend_sequence(
+        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], full_end, end,
+        positions, S, scale, left, right, softcap, D, DV, BLOCK_N, BLOCK_DV, True,
+    )  # fmt: skip
+    if k_depth is not None:
+        if DEPTH_DOT:
+            m_i, l_i, acc = _attend_depth_by_dot(
+                q, m_i, l_i, acc, k_depth, v_depth, b, j, first_token, T, L, scale, softcap,
+                G, D, DV, BLOCK_L, ALIGNED,
+            )  # fmt: skip
+        else:
+            m_i, l_i, acc = _attend_depth_by_sum(
+                q, m_i, l_i, acc, k_depth, v_depth, b, j, offs_t, T, L, scale, softcap,
+                D, DV, BLOCK_L, ALIGNED,
+            )  # fmt: skip
+
+    l_safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row that saw nothing: out = 0, lse = -inf
+    out_rows = out_ptr + ((b * T + offs_t) * (H * G) + query_head) * DV
+    tl.store(
+        out_rows[:, None] + offs_dv[None, :],
+        (acc / l_safe[:, None]).to(out_ptr.dtype.element_ty),
+        mask=row_ok[:, None] & (offs_dv < DV)[None, :],
+    )
+    tl.store(lse_ptr + (b * H * G + query_head) * T + offs_t, (m_i + tl.log2(l_safe)) * LN2, mask=row_ok)
