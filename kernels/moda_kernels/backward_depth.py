@@ -4,8 +4,9 @@
     dv_l = sum_g p dout_g,   dk_l = scale sum_g ds q_g,   dq_g += scale sum_l ds k_l
 
 Slot l of token t is read by the G query heads of that token alone, so one program owns a tile of
-tokens of one key/value head, walks over the slots, and adds the heads up in registers: no atomics.
-The share of dq is kept in float32, unscaled, and only this program touches its rows.
+tokens of one key/value head, walks over the slots, and adds the heads up itself: no atomics. All
+products are matrix products batched over the tile's tokens, transposed ([slot, head]) so that the
+sums over heads need no further transposition. Depth's share of dq is float32 and unscaled.
 """
 
 import triton
@@ -15,56 +16,91 @@ from moda_kernels.common import LOG2E, base2_scores, load_rows, slot_rows, softc
 
 
 @triton.jit
+def _load_heads(
+    q_base, dout_base, lse_base, delta_base, stride_qh, stride_doh, T, offs_t, offs_g, offs_d, offs_dv,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """q, dout [BLOCK_T, BLOCK_G, ..] and lse, delta [BLOCK_T, BLOCK_G] of some heads of the group."""
+    ok = (offs_t < T)[:, None] & (offs_g < G)[None, :]
+    g = offs_g.to(tl.int64)[None, :]
+    q = load_rows((q_base + g * stride_qh)[:, :, None] + offs_d[None, None, :], ok, offs_d, D, True)
+    dout_ptrs = (dout_base + g * stride_doh)[:, :, None] + offs_dv[None, None, :]
+    dout = load_rows(dout_ptrs, ok, offs_dv, DV, True)
+    lse = tl.load(lse_base + g * T + offs_t[:, None], mask=ok, other=float("inf")) * LOG2E
+    delta = tl.load(delta_base + g * T + offs_t[:, None], mask=ok, other=0.0)
+    return q, dout, lse, delta
+
+
+@triton.jit
 def _moda_backward_depth_kernel(
     q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, k_depth, v_depth, dk_depth, dv_depth,
     q_strides, dout_strides, scale, softcap, T, L, H,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGNED: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     j = (tl.program_id(0) % H).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     offs_t = tl.program_id(0) // H * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = offs_t.to(tl.int64)[:, None]
+    offs_g = tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    t_ok = offs_t < T
-    t = offs_t.to(tl.int64)
+    q_base = q_ptr + b * q_strides[0] + t * q_strides[1] + j * G * q_strides[2]  # [BLOCK_T, 1]
+    dout_base = dout_ptr + b * dout_strides[0] + t * dout_strides[1] + j * G * dout_strides[2]
+    lse_base = lse_ptr + (b * H + j) * G * T
+    delta_base = delta_ptr + (b * H + j) * G * T
+    dq_base = dq_ptr + ((b * T + t) * H + j) * G * D
+
+    ONE_PASS: tl.constexpr = G <= BLOCK_G  # else a wide group goes by in parts, for each slot block
+    dq = tl.zeros([BLOCK_T, BLOCK_G, BLOCK_D], tl.float32)
+    q, dout, lse, delta = _load_heads(
+        q_base, dout_base, lse_base, delta_base, q_strides[2], dout_strides[2], T, offs_t, offs_g,
+        offs_d, offs_dv, G, D, DV,
+    )  # fmt: skip
     for start in range(0, L, BLOCK_L):
         offs_l = start + tl.arange(0, BLOCK_L)
         l_ok = offs_l < L
-        ok = t_ok[:, None] & l_ok[None, :]
+        ok = (offs_t < T)[:, None] & l_ok[None, :]
         k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
         v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
-        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D, True).to(tl.float32)
-        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV, True).to(tl.float32)
+        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D, True)
+        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV, True)
         dk = tl.zeros([BLOCK_T, BLOCK_L, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_T, BLOCK_L, BLOCK_DV], tl.float32)
-        for g in range(G):
-            h = j * G + g
-            q_rows = q_ptr + b * q_strides[0] + t * q_strides[1] + h * q_strides[2]
-            dout_rows = dout_ptr + b * dout_strides[0] + t * dout_strides[1] + h * dout_strides[2]
-            q = load_rows(q_rows[:, None] + offs_d[None, :], t_ok, offs_d, D, True).to(tl.float32)
-            dout = load_rows(dout_rows[:, None] + offs_dv[None, :], t_ok, offs_dv, DV, True).to(tl.float32)
-            row = (b * H * G + h) * T + offs_t
-            lse = tl.load(lse_ptr + row, mask=t_ok, other=float("inf"))
-            delta = tl.load(delta_ptr + row, mask=t_ok, other=0.0)
-
-            scores = base2_scores(tl.sum(q[:, None, :] * k, 2), scale, softcap)  # [BLOCK_T, BLOCK_L]
-            p = tl.where(l_ok[None, :], tl.exp2(scores - lse[:, None] * LOG2E), 0.0)
-            ds = p * (tl.sum(dout[:, None, :] * v, 2) - delta[:, None])
+        for g in range(0, G, BLOCK_G):
+            if not ONE_PASS:
+                q, dout, lse, delta = _load_heads(
+                    q_base, dout_base, lse_base, delta_base, q_strides[2], dout_strides[2], T, offs_t,
+                    g + offs_g, offs_d, offs_dv, G, D, DV,
+                )  # fmt: skip
+            qk = tl.dot(k, tl.permute(q, (0, 2, 1)), input_precision="ieee")
+            scores = base2_scores(qk, scale, softcap)  # [BLOCK_T, BLOCK_L, BLOCK_G]
+            p = tl.where(l_ok[None, :, None], tl.exp2(scores - lse[:, None, :]), 0.0)
+            dp = tl.dot(v, tl.permute(dout, (0, 2, 1)), input_precision="ieee")
+            ds = p * (dp - delta[:, None, :])
             if softcap is not None:
                 ds *= softcap_slope(scores, softcap)
-            dk += ds[:, :, None] * q[:, None, :]
-            dv += p[:, :, None] * dout[:, None, :]
-            dq = tl.sum(ds[:, :, None] * k, 1)  # [BLOCK_T, BLOCK_D]
-            dq_ptrs = dq_ptr + ((b * T + t) * (H * G) + h)[:, None] * D + offs_d[None, :]
-            if start > 0:
-                dq += load_rows(dq_ptrs, t_ok, offs_d, D, True)
-            tl.store(dq_ptrs, dq, mask=t_ok[:, None] & (offs_d < D)[None, :])
-            tl.debug_barrier()  # the next slot block may read these rows from other threads
+            ds = ds.to(dtype)
+            dv = tl.dot(p.to(dtype), dout, dv, input_precision="ieee")
+            dk = tl.dot(ds, q, dk, input_precision="ieee")
+            share = tl.dot(tl.permute(ds, (0, 2, 1)), k, input_precision="ieee")
+            if ONE_PASS:
+                dq += share
+            else:
+                dq_ptrs = (dq_base + (g + offs_g)[None, :] * D)[:, :, None] + offs_d[None, None, :]
+                dq_ok = (offs_t < T)[:, None] & (g + offs_g < G)[None, :]
+                if start > 0:
+                    share += load_rows(dq_ptrs, dq_ok, offs_d, D, True)
+                tl.store(dq_ptrs, share, mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])
+                tl.debug_barrier()  # other threads may read these rows for the next slot block
         dk_rows = slot_rows(dk_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
         dv_rows = slot_rows(dv_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
         dk_ok = ok[:, :, None] & (offs_d < D)[None, None, :]
         dv_ok = ok[:, :, None] & (offs_dv < DV)[None, None, :]
         tl.store(dk_rows[:, :, None] + offs_d[None, None, :], (dk * scale).to(dtype), mask=dk_ok)
         tl.store(dv_rows[:, :, None] + offs_dv[None, None, :], dv.to(dtype), mask=dv_ok)
+    if ONE_PASS:
+        dq_ptrs = (dq_base + offs_g[None, :] * D)[:, :, None] + offs_d[None, None, :]
+        dq_ok = (offs_t < T)[:, None] & (offs_g < G)[None, :]
+        tl.store(dq_ptrs, dq, mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])

@@ -111,24 +111,18 @@ def load_rows(ptrs, rows_ok, offs_d, D: tl.constexpr, CHECK_ROWS: tl.constexpr):
 def slot_rows(depth, b, j, offs_t, offs_l, l_ok, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointers [.., BLOCK_L] to rows (b, t, j) of depth slots ``offs_l``; ``offs_t`` is [.., 1].
 
-    ``depth`` is (table,), one record (address, stride_b, stride_t, stride_h) per slot, or, for a
-    packed tensor, (pointer, stride_b, stride_t, stride_l, stride_h). ALIGNED: every row of every
-    slot starts on 16 bytes, which lets loads be vectorized although addresses come from memory.
+    ``depth`` is (words, strides), see moda_kernels.slots, or, for a packed tensor, (pointer, stride_b,
+    stride_t, stride_l, stride_h). ALIGNED: every row of every slot starts on 16 bytes, which lets
+    loads be vectorized although addresses come from memory.
     """
     t = offs_t.to(tl.int64)
-    if len(depth) == 1:
-        record = depth[0] + offs_l * 4
-        address = tl.load(record, mask=l_ok, other=0)
-        stride_b = tl.load(record + 1, mask=l_ok, other=0)
-        stride_t = tl.load(record + 2, mask=l_ok, other=0)
-        stride_h = tl.load(record + 3, mask=l_ok, other=0)
-        if ALIGNED:
-            address = tl.multiple_of(address, [16])
-            stride_b = tl.multiple_of(stride_b, [128 // dtype.primitive_bitwidth])
-            stride_t = tl.multiple_of(stride_t, [128 // dtype.primitive_bitwidth])
-            stride_h = tl.multiple_of(stride_h, [128 // dtype.primitive_bitwidth])
-        rows = address.to(tl.pointer_type(dtype)) + (b * stride_b + j * stride_h)
-        return rows[None, :] + t * stride_t[None, :]
+    if len(depth) == 2:
+        word = tl.load(depth[0] + offs_l, mask=l_ok, other=0)
+        strides = depth[1] + (word >> 50) * 3
+        start = b * tl.load(strides) + j * tl.load(strides + 2)
+        rows = (word & ((1 << 50) - 1)).to(tl.pointer_type(dtype)) + start
+        rows = rows[None, :] + t * tl.load(strides + 1)[None, :]
+        return tl.multiple_of(rows, [16, 16]) if ALIGNED else rows
     else:
         pointer, stride_b, stride_t, stride_l, stride_h = depth
         rows = pointer + b * stride_b + j * stride_h

@@ -1,9 +1,10 @@
-"""Forward: one online softmax over the sequence's keys, then over the depth slots of each row's token.
+"""Forward: one online softmax over the sequence's keys and the depth slots of each row's token.
 
     lse = log( sum_n exp a_n + sum_l exp d_l ),   out = sum_n e^(a_n - lse) v_n + sum_l e^(d_l - lse) v_l
 
 (arXiv 2603.15619, section 3, algorithm 1.) A program owns BLOCK_M (token, group) rows of one key/value
-head. The state (m_i, l_i, acc) of the online softmax never leaves registers between the two loops.
+head. The state (m_i, l_i, acc) of the online softmax stays in registers from the first loop to the
+last; which key set comes first makes no difference to it.
 """
 
 import triton
@@ -47,7 +48,7 @@ def _attend_sequence(
 @triton.jit
 def _attend_depth_by_dot(
     q, m_i, l_i, acc, k_depth, v_depth, b, j, first_token, T, L, scale, softcap,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_L: tl.constexpr, ALIGNED: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over depth, [G, D] x [D, BLOCK_L] products batched over the tile's tokens."""
     BLOCK_M: tl.constexpr = q.shape[0]
@@ -61,7 +62,7 @@ def _attend_depth_by_dot(
     acc = tl.reshape(acc, [BLOCK_T, G, BLOCK_DV])
     m_i = tl.reshape(m_i, [BLOCK_T, G])
     l_i = tl.reshape(l_i, [BLOCK_T, G])
-    for start in range(0, L, BLOCK_L):
+    for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
         offs_l = start + tl.arange(0, BLOCK_L)
         ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
         k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
@@ -77,26 +78,33 @@ def _attend_depth_by_dot(
 
 @triton.jit
 def _attend_depth_by_sum(
-    q, m_i, l_i, acc, k_depth, v_depth, b, j, offs_t, T, L, scale, softcap,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_L: tl.constexpr, ALIGNED: tl.constexpr,
+    q, m_i, l_i, acc, k_depth, v_depth, b, j, offs_t, T, L, scale, softcap, GROUP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over depth, each row multiplying with its own token's slots and adding up."""
-    offs_d = tl.arange(0, q.shape[1])
-    offs_dv = tl.arange(0, acc.shape[1])
+    """The online softmax over depth in plain multiply-adds; GROUP adjacent rows share a token."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_DV: tl.constexpr = acc.shape[1]
+    BLOCK_T: tl.constexpr = BLOCK_M // GROUP
     dtype: tl.constexpr = q.dtype
-    q = q.to(tl.float32)
-    for start in range(0, L, BLOCK_L):
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    q = tl.reshape(q, [BLOCK_T, GROUP, 1, BLOCK_D]).to(tl.float32)
+    acc = tl.reshape(acc, [BLOCK_T, GROUP, BLOCK_DV])
+    m_i = tl.reshape(m_i, [BLOCK_T, GROUP])
+    l_i = tl.reshape(l_i, [BLOCK_T, GROUP])
+    for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
         offs_l = start + tl.arange(0, BLOCK_L)
         ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
         k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
         v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
-        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D, True)
-        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV, True)
-        qk = tl.sum(q[:, None, :] * k.to(tl.float32), 2)  # [BLOCK_M, BLOCK_L]
-        scores = tl.where((offs_l < L)[None, :], base2_scores(qk, scale, softcap), float("-inf"))
+        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D, True).to(tl.float32)
+        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV, True).to(tl.float32)
+        qk = tl.sum(q * k[:, None, :, :], 3)  # [BLOCK_T, GROUP, BLOCK_L]
+        scores = tl.where((offs_l < L)[None, None, :], base2_scores(qk, scale, softcap), float("-inf"))
         m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, False)
-        acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32), 1)
-    return m_i, l_i, acc
+        acc = acc * alpha[:, :, None] + tl.sum(p[:, :, :, None] * v[:, None, :, :], 2)
+    return tl.reshape(m_i, [BLOCK_M]), tl.reshape(l_i, [BLOCK_M]), tl.reshape(acc, [BLOCK_M, BLOCK_DV])
 
 
 @triton.jit
@@ -105,7 +113,7 @@ def _moda_forward_kernel(
     q_strides, k_strides, v_strides, scale, left, right, softcap, B, T, S, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    DEPTH_DOT: tl.constexpr, ALIGNED: tl.constexpr,
+    DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     tile = tl.cdiv(T * G, BLOCK_M) - 1 - tl.program_id(0) // (B * H)  # longest causal rows first
     head = tl.program_id(0) % (B * H)
@@ -126,6 +134,12 @@ def _moda_forward_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
+    if k_depth is not None and DEPTH_DOT:  # first: its loads overlap other programs' sequence products
+        m_i, l_i, acc = _attend_depth_by_dot(
+            q, m_i, l_i, acc, k_depth, v_depth, b, j, first_token, T, L, scale, softcap,
+            G, D, DV, BLOCK_L, DEPTH_STAGES, ALIGNED,
+        )  # fmt: skip
+
     k_base = k_ptr + b * k_strides[0] + j * k_strides[2]
     v_base = v_ptr + b * v_strides[0] + j * v_strides[2]
     positions = offs_t + (S - T)
@@ -145,17 +159,16 @@ def _moda_forward_kernel(
         q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], full_end, end,
         positions, S, scale, left, right, softcap, D, DV, BLOCK_N, BLOCK_DV, True,
     )  # fmt: skip
-    if k_depth is not None:
-        if DEPTH_DOT:
-            m_i, l_i, acc = _attend_depth_by_dot(
-                q, m_i, l_i, acc, k_depth, v_depth, b, j, first_token, T, L, scale, softcap,
-                G, D, DV, BLOCK_L, ALIGNED,
-            )  # fmt: skip
+    if k_depth is not None and not DEPTH_DOT:  # last: before the sequence loop its layouts spill
+        GROUP: tl.constexpr = G if BLOCK_M % G == 0 else 1
+        if GROUP == G:
+            token = first_token + tl.arange(0, BLOCK_M // G)
         else:
-            m_i, l_i, acc = _attend_depth_by_sum(
-                q, m_i, l_i, acc, k_depth, v_depth, b, j, offs_t, T, L, scale, softcap,
-                D, DV, BLOCK_L, ALIGNED,
-            )  # fmt: skip
+            token = offs_t
+        m_i, l_i, acc = _attend_depth_by_sum(
+            q, m_i, l_i, acc, k_depth, v_depth, b, j, token, T, L, scale, softcap,
+            GROUP, D, DV, BLOCK_L, DEPTH_STAGES, ALIGNED,
+        )  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row that saw nothing: out = 0, lse = -inf
     out_rows = out_ptr + ((b * T + offs_t) * (H * G) + query_head) * DV

@@ -37,15 +37,14 @@ def attention(
     if lse.numel() == 0:
         return out, lse
     tile = tuning.forward_tile(q.dtype, D, DV)
-    depth_dot, block_l = tuning.forward_depth(q.dtype, D, DV, G, tile.BLOCK_M)
+    depth_tile = tuning.forward_depth(q, DV, G, tile.BLOCK_M)
     with torch.cuda.device_of(q):
         depth, aligned = depth_arguments(k_depth, v_depth) if L else ([None, None], False)
         _moda_forward_kernel[(triton.cdiv(T * G, tile.BLOCK_M) * B * H,)](
             q, k, v, *depth, out, lse, q.stride()[:3], k.stride()[:3], v.stride()[:3],
             scale, left, right, softcap, B, T, S, L, H, G=G, D=D, DV=DV,
-            BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_L=block_l,
-            BLOCK_D=tuning.block_dim(D), BLOCK_DV=tuning.block_dim(DV),
-            DEPTH_DOT=depth_dot, ALIGNED=aligned, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            BLOCK_D=tuning.block_dim(D), BLOCK_DV=tuning.block_dim(DV), ALIGNED=aligned,
+            **tile._asdict(), **depth_tile._asdict(),
         )  # fmt: skip
     return out, lse
 
@@ -87,22 +86,19 @@ def attention_backward(
         )  # fmt: skip
         if L:
             depth, aligned = depth_arguments(k_depth, v_depth, dk_depth, dv_depth)
-            block_t, block_l, num_warps = tuning.backward_depth_tile(D, DV)
-            _moda_backward_depth_kernel[(triton.cdiv(T, block_t) * H, B)](
+            depth_tile = tuning.backward_depth_tile(G, D, DV)
+            _moda_backward_depth_kernel[(triton.cdiv(T, depth_tile.BLOCK_T) * H, B)](
                 q, dout, lse, delta, dq_depth, *depth, q_strides, dout_strides, scale, softcap, T, L, H,
-                G=G, BLOCK_T=block_t, BLOCK_L=block_l, ALIGNED=aligned, **dims,
-                num_warps=num_warps, num_stages=1,
+                G=G, ALIGNED=aligned, **dims, **depth_tile._asdict(),
             )  # fmt: skip
         tile = tuning.backward_dq_tile(q.dtype, D, DV)
         _moda_backward_dq_kernel[(triton.cdiv(T * G, tile.BLOCK_M) * B * H,)](
             q, k, v, dout, lse, delta, dq_depth, dq, q_strides, k_strides, v_strides, dout_strides,
-            scale, left, right, softcap, B, T, S, H, G=G, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-            **dims, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            scale, left, right, softcap, B, T, S, H, G=G, **dims, **tile._asdict(),
         )  # fmt: skip
         tile = tuning.backward_dkv_tile(q.dtype, D, DV)
         _moda_backward_dkv_kernel[(triton.cdiv(S, tile.BLOCK_N) * B * H,)](
             q, k, v, dout, lse, delta, dk, dv, q_strides, k_strides, v_strides, dout_strides,
-            scale, left, right, softcap, B, T, S, H, G=G, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-            **dims, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            scale, left, right, softcap, B, T, S, H, G=G, **dims, **tile._asdict(),
         )  # fmt: skip
     return dq, dk, dv, dk_depth, dv_depth

@@ -1,5 +1,10 @@
-"""Block sizes of every pass, by what limits them: head dims, element size, group, shared memory."""
+"""Block sizes of every pass, by what limits them: head dims, element size, group, shared memory.
 
+Measured on an H100 (docs/performance.md) for head dim 64 in bfloat16; the rest is scaled from there
+by what a block keeps in registers and shared memory.
+"""
+
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -7,10 +12,28 @@ import triton
 
 
 class Tile(NamedTuple):
-    """Launch configuration; a pass uses the blocks that it has."""
+    """BLOCK_M (token, group) rows against BLOCK_N keys."""
 
     BLOCK_M: int
     BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+class ForwardDepth(NamedTuple):
+    """How the forward walks over slots: as batched dots or as sums, BLOCK_L at a time."""
+
+    DEPTH_DOT: bool
+    BLOCK_L: int
+    DEPTH_STAGES: int
+
+
+class DepthTile(NamedTuple):
+    """BLOCK_T tokens of BLOCK_G query heads each against BLOCK_L slots."""
+
+    BLOCK_T: int
+    BLOCK_G: int
+    BLOCK_L: int
     num_warps: int
     num_stages: int
 
@@ -20,35 +43,47 @@ def block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may use."""
+    if device.type != "cuda":  # the interpreter
+        return 1 << 20
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def forward_tile(dtype: torch.dtype, D: int, DV: int) -> Tile:
     width = max(block_dim(D), block_dim(DV))
     if dtype is torch.float32:
         return Tile(32 if width <= 128 else 16, 32, 4, 1)
     if width <= 64:
-        return Tile(128, 64, 8, 3)
-    return Tile(128, 64, 8, 2) if width <= 128 else Tile(64, 32, 4, 2)
+        return Tile(64, 64, 4, 3)
+    return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 2)
 
 
-def forward_depth(dtype: torch.dtype, D: int, DV: int, G: int, BLOCK_M: int) -> tuple[bool, int]:
-    """(DEPTH_DOT, BLOCK_L): products batched over tokens where the group is wide enough to fill them."""
+def forward_depth(q: torch.Tensor, DV: int, G: int, BLOCK_M: int) -> ForwardDepth:
+    """Dots where the group fills them and a block of slots for all tokens fits; else sums."""
+    width = block_dim(q.shape[-1]) + block_dim(DV)
+    if q.dtype is not torch.float32 and G >= 8 and BLOCK_M % G == 0:
+        stages = 2 if width <= 128 else 1
+        slots = BLOCK_M // G * 16 * width * q.element_size()
+        if 2 * stages * slots <= shared_memory(q.device):
+            return ForwardDepth(True, 16, stages)
+    return ForwardDepth(False, 2 if width <= 256 else 1, 3 if width <= 128 else 2)
+
+
+def backward_depth_tile(G: int, D: int, DV: int) -> DepthTile:
+    """A dot contracts over at least 16 heads, so smaller groups are padded."""
+    BLOCK_G = min(max(16, triton.next_power_of_2(G)), 64)
     width = max(block_dim(D), block_dim(DV))
-    if dtype is not torch.float32 and 4 <= G <= BLOCK_M and BLOCK_M % G == 0:
-        return True, 16
-    return False, max(1, 256 // width)
-
-
-def backward_depth_tile(D: int, DV: int) -> tuple[int, int, int]:
-    """(BLOCK_T, BLOCK_L, num_warps): BLOCK_T * BLOCK_L rows of K, V, dK and dV live in registers."""
-    width = max(block_dim(D), block_dim(DV))
-    return max(1, 256 // width), 16, 4
+    return DepthTile(max(1, 2048 // (width * BLOCK_G)), BLOCK_G, 16, 2 if BLOCK_G * width <= 1024 else 4, 1)
 
 
 def backward_dq_tile(dtype: torch.dtype, D: int, DV: int) -> Tile:
     width = max(block_dim(D), block_dim(DV))
     if dtype is torch.float32:
-        return Tile(32 if width <= 128 else 16, 32 if width <= 128 else 16, 4, 1)
+        return Tile(32, 32, 4, 1) if width <= 128 else Tile(16, 16, 4, 1)
     if width <= 64:
-        return Tile(128, 64, 8, 2)
+        return Tile(64, 64, 4, 3)
     return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 1)
 
 
@@ -57,5 +92,5 @@ def backward_dkv_tile(dtype: torch.dtype, D: int, DV: int) -> Tile:
     if dtype is torch.float32:
         return Tile(16, 32 if width <= 128 else 16, 4, 1)
     if width <= 64:
-        return Tile(64, 128, 8, 2)
+        return Tile(128, 64, 4, 2)
     return Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 64, 8, 1)
