@@ -12,12 +12,13 @@ from moda_kernels.common import load_rows
 
 @triton.jit
 def _moda_delta_kernel(
-    dout_ptr, out_ptr, dlse_ptr, delta_ptr, dout_strides, out_strides, dlse_strides, T, HQ,
+    dout_ptr, out_ptr, dlse_ptr, delta_ptr, dout_strides, out_strides, dlse_strides, B, T, HQ,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    offs_t = tl.program_id(0) // HQ * BLOCK_M + tl.arange(0, BLOCK_M)
-    h = (tl.program_id(0) % HQ).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % (B * HQ)
+    b = (head // HQ).to(tl.int64)
+    h = (head % HQ).to(tl.int64)
+    offs_t = tl.program_id(0) // (B * HQ) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, BLOCK_DV)
     ok = offs_t < T
     t = offs_t.to(tl.int64)

@@ -34,13 +34,14 @@ def _load_heads(
 @triton.jit
 def _moda_backward_depth_kernel(
     q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, k_depth, v_depth, dk_depth, dv_depth,
-    q_strides, dout_strides, scale, softcap, T, L, H,
+    q_strides, dout_strides, scale, softcap, B, T, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    j = (tl.program_id(0) % H).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64)
-    offs_t = tl.program_id(0) // H * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = tl.program_id(0) % (B * H)
+    b = (head // H).to(tl.int64)
+    j = (head % H).to(tl.int64)
+    offs_t = tl.program_id(0) // (B * H) * BLOCK_T + tl.arange(0, BLOCK_T)
     t = offs_t.to(tl.int64)[:, None]
     offs_g = tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, BLOCK_D)
@@ -76,7 +77,7 @@ def _moda_backward_depth_kernel(
                 )  # fmt: skip
             qk = tl.dot(k, tl.permute(q, (0, 2, 1)), input_precision="ieee")
             scores = base2_scores(qk, scale, softcap)  # [BLOCK_T, BLOCK_L, BLOCK_G]
-            p = tl.where(l_ok[None, :, None], tl.exp2(scores - lse[:, None, :]), 0.0)
+            p = tl.exp2(tl.where(l_ok[None, :, None], scores - lse[:, None, :], float("-inf")))
             dp = tl.dot(v, tl.permute(dout, (0, 2, 1)), input_precision="ieee")
             ds = p * (dp - delta[:, None, :])
             if softcap is not None:

@@ -32,10 +32,12 @@ def _accumulate_dkv(
         lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf")) * LOG2E
         delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
         scores = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)
-        p = tl.exp2(scores - lse[None, :])  # [BLOCK_N, BLOCK_M]
+        log_p = scores - lse[None, :]  # [BLOCK_N, BLOCK_M], base 2
         if MASKED:
             positions = (rows // G + (S - T))[None, :]
-            p = tl.where(band_mask(positions, offs_n[:, None], S, left, right), p, 0.0)
+            seen = band_mask(positions, offs_n[:, None], S, left, right)
+            log_p = tl.where(seen, log_p, float("-inf"))
+        p = tl.exp2(log_p)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
         if softcap is not None:

@@ -33,9 +33,11 @@ def _accumulate_dq(
         k = load_rows(k_ptrs + offs_d[None, :], offs_n < S, offs_d, D, MASKED)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_ptrs + offs_dv[None, :], offs_n < S, offs_dv, DV, MASKED)  # [BLOCK_N, BLOCK_DV]
         scores = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
-        p = tl.exp2(scores - lse[:, None])  # [BLOCK_M, BLOCK_N]
+        log_p = scores - lse[:, None]  # [BLOCK_M, BLOCK_N], base 2
         if MASKED:
-            p = tl.where(band_mask(positions[:, None], offs_n[None, :], S, left, right), p, 0.0)
+            seen = band_mask(positions[:, None], offs_n[None, :], S, left, right)
+            log_p = tl.where(seen, log_p, float("-inf"))
+        p = tl.exp2(log_p)
         ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
         if softcap is not None:
             ds *= softcap_slope(scores, softcap)

@@ -80,15 +80,15 @@ def attention_backward(
     dq_depth = torch.empty(q.shape, dtype=torch.float32, device=q.device) if L else None
     q_strides, k_strides, v_strides, dout_strides = (x.stride()[:3] for x in (q, k, v, dout))
     with torch.cuda.device_of(q):
-        _moda_delta_kernel[(triton.cdiv(T, 64) * HQ, B)](
-            dout, out, dlse, delta, dout_strides, out.stride()[:3], None if dlse is None else dlse.stride(), T, HQ,
+        _moda_delta_kernel[(triton.cdiv(T, 64) * B * HQ,)](
+            dout, out, dlse, delta, dout_strides, out.stride()[:3], None if dlse is None else dlse.stride(), B, T, HQ,
             DV=DV, BLOCK_M=64, BLOCK_DV=tuning.block_dim(DV),
         )  # fmt: skip
         if L:
             depth, aligned = depth_arguments(k_depth, v_depth, dk_depth, dv_depth)
             depth_tile = tuning.backward_depth_tile(G, D, DV)
-            _moda_backward_depth_kernel[(triton.cdiv(T, depth_tile.BLOCK_T) * H, B)](
-                q, dout, lse, delta, dq_depth, *depth, q_strides, dout_strides, scale, softcap, T, L, H,
+            _moda_backward_depth_kernel[(triton.cdiv(T, depth_tile.BLOCK_T) * B * H,)](
+                q, dout, lse, delta, dq_depth, *depth, q_strides, dout_strides, scale, softcap, B, T, L, H,
                 G=G, ALIGNED=aligned, **dims, **depth_tile._asdict(),
             )  # fmt: skip
         tile = tuning.backward_dq_tile(q.dtype, D, DV)

@@ -1,0 +1,125 @@
+"""Every kernel against the NumPy reference: compiled on a GPU, else through Triton's interpreter."""
+
+import itertools
+
+import pytest
+import torch
+
+import moda_kernels
+from helpers import FORMS, Inputs, assert_matches_reference, make_inputs
+
+COMPILED = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+HEAD_DIMS = (16, 24, 64, 70, 96, 128, 192, 256)
+GROUPS = (1, 2, 3, 5, 8, 64)
+SLOTS = (0, 1, 7, 72)
+TOKENS = (1, 63, 111, 128, 1000) if COMPILED else (1, 9, 23)
+
+
+def run_kernels(causal=True, scale=None, window=None, softcap=None):
+    """``assert_matches_reference``'s run: options in the form that the launchers take."""
+    left, right = window if isinstance(window, tuple) else (window, window)
+
+    def run(inputs, dout, dlse):
+        options = (scale or inputs.q.shape[-1] ** -0.5, left, 0 if causal else right, softcap)
+        out, lse = moda_kernels.attention(*inputs, *options)
+        grads = moda_kernels.attention_backward(dout, dlse, *inputs, out, lse, *options)
+        return out, lse, Inputs(*grads)
+
+    return run
+
+
+def check(inputs, **options):
+    assert_matches_reference(inputs, run_kernels(**options), **options)
+
+
+def shapes():
+    """Head dims x groups, each pair with one of the L, T, S - T, DV and depth forms in turn."""
+    turn = zip(
+        itertools.cycle(SLOTS),
+        itertools.cycle(TOKENS),
+        itertools.cycle((0, 0, 37)),
+        itertools.cycle((None, None, None, 40)),
+        itertools.cycle(FORMS),
+    )
+    for (D, G), (L, T, extra, DV, form) in zip(itertools.product(HEAD_DIMS, GROUPS), turn):
+        yield pytest.param(D, G, L, T, T + extra, DV, form, id=f"D{D}-G{G}-L{L}-T{T}-S{T + extra}-DV{DV}-{form}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("D", "G", "L", "T", "S", "DV", "form"), list(shapes()))
+def test_shapes(D, G, L, T, S, DV, form, dtype, device):
+    B, H = (1, 1) if G == 64 else (2, 2)
+    if not COMPILED and D * G > 1024:
+        pytest.skip("too large for the interpreter")
+    inputs = make_inputs(B, T, G * H, H, D, L, S=S, DV=DV, dtype=dtype, device=device, form=form)
+    check(inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(
+    ("causal", "window"),
+    [(False, None), (True, 11), (False, (20, 3)), (False, (None, 5)), (False, (4, None)), (True, 0)],
+)
+def test_masks_and_softcap(causal, window, softcap, dtype, device):
+    """T and S span several blocks, so that blocks before, in and after the band all occur."""
+    inputs = make_inputs(1, 90, 2, 1, 16, 5, S=140, dtype=dtype, device=device, form="embedded")
+    check(inputs, causal=causal, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("L", [0, 3])
+@pytest.mark.parametrize(("T", "S"), [(7, 0), (70, 20)])
+def test_rows_without_keys(T, S, L, device):
+    """S < T hides all keys from the first rows; without depth these see nothing at all."""
+    check(make_inputs(2, T, 3, 1, 16, L, S=S, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("G", [80, 130])
+def test_group_wider_than_a_block(G, dtype, device):
+    check(make_inputs(1, 3, G, 1, 16, 40, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scale_and_batch(form, device):
+    check(make_inputs(3, 5, 6, 3, 32, 4, device=device, form=form), scale=0.3)
+
+
+def test_large_scores_stay_finite(device):
+    """Scores beyond exp's range: every rescaling must go through the running maximum."""
+    inputs = make_inputs(1, 70, 2, 1, 16, 20, device=device)
+    check(inputs._replace(q=inputs.q * 60))
+
+
+def test_results_do_not_depend_on_the_form_of_depth(device):
+    packed = make_inputs(2, 33, 8, 1, 64, 19, dtype=torch.float16, device=device, form="packed")
+    slots = packed._replace(
+        k_depth=list(packed.k_depth[0].unbind(2)), v_depth=list(packed.v_depth[0].unbind(2))
+    )
+    dout, dlse = torch.randn(2, 33, 8, 64).to(packed.q), torch.randn(2, 8, 33).to(device)
+    out, lse, grads = run_kernels()(packed, dout, dlse)
+    slot_out, slot_lse, slot_grads = run_kernels()(slots, dout, dlse)
+    assert torch.equal(out, slot_out) and torch.equal(lse, slot_lse)
+    for a, b in zip(grads[:3], slot_grads[:3], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(grads[3:], slot_grads[3:], strict=True):
+        assert torch.equal(a[0], torch.stack(b, 2))
+
+
+def test_runs_are_bitwise_equal(device):
+    inputs = make_inputs(1, 40, 4, 2, 64, 9, dtype=torch.float16, device=device)
+    dout, dlse = torch.randn(1, 40, 4, 64).to(inputs.q), torch.randn(1, 4, 40).to(device)
+    runs = [run_kernels()(inputs, dout, dlse) for _ in range(3 if not COMPILED else 20)]
+    for out, lse, grads in runs[1:]:
+        for a, b in zip(grads.leaves(), runs[0][2].leaves(), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(out, runs[0][0]) and torch.equal(lse, runs[0][1])
+
+
+@pytest.mark.parametrize("B, T", [(0, 4), (2, 0)])
+def test_empty_batch_and_sequence(B, T, device):
+    inputs = make_inputs(B, T, 2, 1, 16, 2, S=3, device=device)
+    out, lse, grads = run_kernels()(inputs, inputs.q, torch.zeros(B, 2, T, device=device))
+    assert out.shape == inputs.q.shape and lse.shape == (B, 2, T)
+    assert all(not g.any() and g.shape == x.shape for g, x in zip(grads.leaves(), inputs.leaves(), strict=True))
