@@ -1,4 +1,4 @@
-"""The public attention function: friendly arguments in, one call of ``torch.ops.moda.attention``."""
+"""The public function: friendly arguments in, one call of ``torch.ops.moda.attention`` out."""
 
 from collections.abc import Sequence
 from typing import Literal, overload

@@ -62,7 +62,11 @@ def check_attention(
     if q.dtype not in DTYPES[device]:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[device])
         raise TypeError(f"q must have one of the dtypes {allowed} on {device}, got {q.dtype}")
-    for name, tensor, dims in (("q", q, "(B, T, HQ, D)"), ("k", k, "(B, S, H, D)"), ("v", v, "(B, S, H, DV)")):
+    for name, tensor, dims in (
+        ("q", q, "(B, T, HQ, D)"),
+        ("k", k, "(B, S, H, D)"),
+        ("v", v, "(B, S, H, DV)"),
+    ):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
     B, T, HQ, D = q.shape
@@ -78,14 +82,15 @@ def check_attention(
 
     if len(k_depth) != len(v_depth):
         raise ValueError(
-            f"k_depth and v_depth must have the same number of slots, got {len(k_depth)} and {len(v_depth)}"
+            "k_depth and v_depth must have the same number of slots, "
+            f"got {len(k_depth)} and {len(v_depth)}"
         )
     if len(k_depth) == 1 and k_depth[0].dim() == 5:
         L = k_depth[0].shape[2]
         _check_input("k_depth", k_depth[0], (B, T, L, H, D), "(B, T, L, H, D)", q)
         _check_input("v_depth", v_depth[0], (B, T, L, H, DV), "(B, T, L, H, DV)", q)
     else:
-        for i, (k_slot, v_slot) in enumerate(zip(k_depth, v_depth)):
+        for i, (k_slot, v_slot) in enumerate(zip(k_depth, v_depth, strict=True)):
             _check_input(f"k_depth[{i}]", k_slot, (B, T, H, D), "(B, T, H, D)", q)
             _check_input(f"v_depth[{i}]", v_slot, (B, T, H, DV), "(B, T, H, DV)", q)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def depth_slots(depth: list[Tensor]) -> list[Tensor]:
-    """Per-slot views (B, T, H, D) of either form: a list of slots, or a list of one packed tensor."""
+    """Per-slot views (B, T, H, D) of either form: L slots, or a list of one packed tensor."""
     packed = len(depth) == 1 and depth[0].dim() == 5
     return list(depth[0].unbind(2)) if packed else depth
 
@@ -51,7 +51,7 @@ def _scores(
     right: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B, H, G, T, S + L], sequence then depth, masked with -inf; and the softcap's slope."""
+    """Scores [B, H, G, T, S + L], sequence then depth, -inf where hidden; and softcap's slope."""
     T, S = q.shape[-2], k.shape[-2]
     sequence = q @ k.mT  # [B, H, G, T, S]
     depth = [(q * _heads_first(slot, q.dtype)).sum(-1, keepdim=True) for slot in k_depth]
@@ -138,7 +138,7 @@ def attention_backward(
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse); a row that sees nothing (lse = -inf) has only scores of -inf, hence zeros."""
+    """exp(scores - lse); zeros in a row that sees nothing, where all of these are -inf."""
     return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
 
 
@@ -146,7 +146,7 @@ def _in_form_of(depth: list[Tensor], slots: list[Tensor]) -> list[Tensor]:
     """Gradients (B, T, H, D) per slot, as the contiguous tensors that the op's caller expects."""
     if len(depth) == 1 and depth[0].dim() == 5:
         packed = torch.empty_like(depth[0], memory_format=torch.contiguous_format)
-        for grad, slot in zip(packed.unbind(2), slots):
+        for grad, slot in zip(packed.unbind(2), slots, strict=True):
             grad.copy_(slot)
         return [packed]
     return [slot.to(depth[0].dtype).contiguous() for slot in slots]

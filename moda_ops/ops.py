@@ -1,8 +1,8 @@
 """torch.ops.moda.*: schemas, shape rules, autograd, and where each device's code lives.
 
-Depth travels as a list: L slots (B, T, H, D), or one packed tensor (B, T, L, H, D) as a list of one.
-CPU tensors run ``moda_ops.eager``; CUDA tensors run the Triton kernels of ``moda_kernels``, imported
-by the first such call.
+Depth travels as a list: L slots (B, T, H, D), or a list of one packed tensor (B, T, L, H, D). CPU
+tensors run ``moda_ops.eager``; CUDA tensors run the Triton kernels of ``moda_kernels``, imported by
+the first such call.
 """
 
 import math
@@ -138,7 +138,7 @@ def _setup_context(
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, *depth, out, lse = ctx.saved_tensors
     k_depth, v_depth = depth[: ctx.slots], depth[ctx.slots :]
-    return torch.ops.moda.attention_backward(  # type: ignore[no-any-return]
+    return torch.ops.moda.attention_backward(
         dout, dlse, q, k, v, k_depth, v_depth, out, lse, **ctx.options
     )
 

@@ -1,4 +1,4 @@
-"""Kernels run compiled where there is a GPU and through Triton's interpreter where there is none."""
+"""Kernels run compiled where there is a GPU, and through Triton's interpreter elsewhere."""
 
 import os
 

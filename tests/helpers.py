@@ -12,7 +12,7 @@ FORMS = ("list", "packed", "embedded")
 
 
 class Inputs(NamedTuple):
-    """Arguments of the operators; depth as they take it, a list of slots or of one packed tensor."""
+    """Arguments of the operators; depth is L slots, or a list of one packed tensor."""
 
     q: Tensor
     k: Tensor
@@ -79,7 +79,9 @@ class Scores(NamedTuple):
 
     values: Tensor
     hidden: Tensor
-    v: list[Tensor]  # what p multiplies: the sequence's v [B, HQ, S, DV], then each slot's [B, HQ, T, DV]
+    v: list[
+        Tensor
+    ]  # what p multiplies: the sequence's v [B, HQ, S, DV], then each slot's [B, HQ, T, DV]
     k: list[Tensor]
 
 
@@ -100,7 +102,9 @@ def _scores(inputs: Inputs, options: dict[str, Any]) -> Scores:
         x = cap * torch.tanh(x / cap)
     seen = moda_reference.visible(T, S, options.get("causal", True), options.get("window"))
     hidden = torch.nn.functional.pad(~torch.from_numpy(seen), (0, len(k_depth))).to(q.device)
-    return Scores(x.masked_fill(hidden, float("-inf")), hidden, [heads(x) for x in (v, *v_depth)], keys)
+    return Scores(
+        x.masked_fill(hidden, float("-inf")), hidden, [heads(x) for x in (v, *v_depth)], keys
+    )
 
 
 def _mix(p: Tensor, values: list[Tensor]) -> Tensor:
@@ -153,7 +157,7 @@ def rounding(inputs: Inputs, dout: Tensor, dlse: Tensor, **options: Any) -> dict
 
 
 def assert_accurate(name: str, actual: Tensor, exact: Any, plain: Tensor, floor: float) -> None:
-    """|actual - exact| <= 2 |plain - exact| + floor + one rounding to actual's dtype, for the largest.
+    """Largest |actual - exact| <= 2 |plain - exact| + floor + one rounding to actual's dtype.
 
     ``exact`` is float64; ``plain`` is the plain evaluation in ``actual``'s dtype.
     """
@@ -196,7 +200,9 @@ def assert_matches_reference(
     plain_out, plain_lse = plain_attention(leaves, **options)
     blind = plain_lse.isinf()  # these rows have no gradient; autograd would say NaN
     loss = [plain_out, plain_lse.masked_fill(blind, 0.0)]
-    plain = torch.autograd.grad(loss, leaves.leaves(), [dout, dlse.to(plain_lse)], allow_unused=True)
+    plain = torch.autograd.grad(
+        loss, leaves.leaves(), [dout, dlse.to(plain_lse)], allow_unused=True
+    )
 
     floor = rounding(inputs, dout, dlse, **options)
     assert_accurate("out", out, exact_out, plain_out, floor["out"])

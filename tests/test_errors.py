@@ -77,16 +77,22 @@ def test_operator_checks_its_own_arguments():
     with pytest.raises(ValueError, match=r"window_left must be >= 0 \(None is unbounded\), got -1"):
         torch.ops.moda.attention(q, k, v, [], [], window_left=-1)
     out, lse = torch.ops.moda.attention(q, k, v, [], [])
-    with pytest.raises(ValueError, match=r"lse must have shape \(B, HQ, T\) = \(2, 6, 5\), got \(2, 5, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"lse must have shape \(B, HQ, T\) = \(2, 6, 5\), got \(2, 5, 6\)"
+    ):
         torch.ops.moda.attention_backward(out, None, q, k, v, [], [], out, lse.mT)
-    with pytest.raises(TypeError, match="dout must have dtype torch.float32 to fit q, got torch.float16"):
+    with pytest.raises(
+        TypeError, match=r"dout must have dtype torch\.float32 to fit q, got torch\.float16"
+    ):
         torch.ops.moda.attention_backward(out.half(), None, q, k, v, [], [], out, lse)
 
 
 @pytest.mark.gpu
 def test_float64_is_for_cpus():
     x = zeros(1, 2, 1, 16, dtype=torch.float64, device="cuda")
-    with pytest.raises(TypeError, match="q must have one of the dtypes float16, bfloat16, float32 on cuda"):
+    with pytest.raises(
+        TypeError, match="q must have one of the dtypes float16, bfloat16, float32 on cuda"
+    ):
         moda_attention(x, x, x)
 
 

@@ -70,7 +70,13 @@ def test_more_than_2_31_depth_elements():
     def make(*shape):
         return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 
-    inputs = Inputs(make(1, T, H, D), make(1, T, H, D), make(1, T, H, D), [make(1, T, L, H, D)], [make(1, T, L, H, D)])
+    inputs = Inputs(
+        make(1, T, H, D),
+        make(1, T, H, D),
+        make(1, T, H, D),
+        [make(1, T, L, H, D)],
+        [make(1, T, L, H, D)],
+    )
     options = (D**-0.5, window, 0, None)
     import moda_kernels
 

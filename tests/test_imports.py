@@ -24,7 +24,9 @@ def loaded_by(statement: str) -> set[str]:
     """Top-level modules in memory after ``statement`` in a fresh process."""
     code = f"import sys; sys.path[:0] = {[str(p.parent) for p in SOURCES.values()]}; {statement}; "
     code += "print(*{name.split('.')[0] for name in sys.modules})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     return set(result.stdout.split())
 
 

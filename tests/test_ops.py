@@ -25,9 +25,15 @@ def run_public(attention=moda_attention, **options):
     def run(inputs, dout, dlse):
         leaves = inputs.map(lambda x: x.detach().requires_grad_())
         out, lse = attention(*as_arguments(leaves), return_lse=True, **options)
-        grads = torch.autograd.grad([out, lse], leaves.leaves(), [dout, dlse], materialize_grads=True)
+        grads = torch.autograd.grad(
+            [out, lse], leaves.leaves(), [dout, dlse], materialize_grads=True
+        )
         n = len(inputs.k_depth)
-        return out.detach(), lse.detach(), Inputs(*grads[:3], list(grads[3 : 3 + n]), list(grads[3 + n :]))
+        return (
+            out.detach(),
+            lse.detach(),
+            Inputs(*grads[:3], list(grads[3 : 3 + n]), list(grads[3 + n :])),
+        )
 
     return run
 
@@ -35,7 +41,12 @@ def run_public(attention=moda_attention, **options):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"causal": False, "softcap": 2.0}, {"window": (5, 2), "causal": False}, {"window": 4, "scale": 0.2}],
+    [
+        {},
+        {"causal": False, "softcap": 2.0},
+        {"window": (5, 2), "causal": False},
+        {"window": 4, "scale": 0.2},
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_matches_reference(dtype, options, form, device):

@@ -24,8 +24,8 @@ def _moda_delta_kernel(
     t = offs_t.to(tl.int64)
     dout_rows = dout_ptr + b * dout_strides[0] + t * dout_strides[1] + h * dout_strides[2]
     out_rows = out_ptr + b * out_strides[0] + t * out_strides[1] + h * out_strides[2]
-    dout = load_rows(dout_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV, True).to(tl.float32)
-    out = load_rows(out_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV, True).to(tl.float32)
+    dout = load_rows(dout_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV).to(tl.float32)
+    out = load_rows(out_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV).to(tl.float32)
     delta = tl.sum(dout * out, 1)
     if dlse_ptr is not None:
         dlse = dlse_ptr + b * dlse_strides[0] + h * dlse_strides[1] + t * dlse_strides[2]

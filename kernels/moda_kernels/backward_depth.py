@@ -23,9 +23,9 @@ def _load_heads(
     """q, dout [BLOCK_T, BLOCK_G, ..] and lse, delta [BLOCK_T, BLOCK_G] of some heads of the group."""
     ok = (offs_t < T)[:, None] & (offs_g < G)[None, :]
     g = offs_g.to(tl.int64)[None, :]
-    q = load_rows((q_base + g * stride_qh)[:, :, None] + offs_d[None, None, :], ok, offs_d, D, True)
+    q = load_rows((q_base + g * stride_qh)[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
     dout_ptrs = (dout_base + g * stride_doh)[:, :, None] + offs_dv[None, None, :]
-    dout = load_rows(dout_ptrs, ok, offs_dv, DV, True)
+    dout = load_rows(dout_ptrs, ok, offs_dv, DV)
     lse = tl.load(lse_base + g * T + offs_t[:, None], mask=ok, other=float("inf")) * LOG2E
     delta = tl.load(delta_base + g * T + offs_t[:, None], mask=ok, other=0.0)
     return q, dout, lse, delta
@@ -65,8 +65,8 @@ def _moda_backward_depth_kernel(
         ok = (offs_t < T)[:, None] & l_ok[None, :]
         k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
         v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
-        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D, True)
-        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV, True)
+        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
+        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV)
         dk = tl.zeros([BLOCK_T, BLOCK_L, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_T, BLOCK_L, BLOCK_DV], tl.float32)
         for g in range(0, G, BLOCK_G):
@@ -92,7 +92,7 @@ def _moda_backward_depth_kernel(
                 dq_ptrs = (dq_base + (g + offs_g)[None, :] * D)[:, :, None] + offs_d[None, None, :]
                 dq_ok = (offs_t < T)[:, None] & (g + offs_g < G)[None, :]
                 if start > 0:
-                    share += load_rows(dq_ptrs, dq_ok, offs_d, D, True)
+                    share += load_rows(dq_ptrs, dq_ok, offs_d, D)
                 tl.store(dq_ptrs, share, mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])
                 tl.debug_barrier()  # other threads may read these rows for the next slot block
         dk_rows = slot_rows(dk_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)

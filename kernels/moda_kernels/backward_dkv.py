@@ -12,41 +12,6 @@ from moda_kernels.common import LOG2E, band_mask, base2_scores, load_rows, softc
 
 
 @triton.jit
-def _accumulate_dkv(
-    dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, begin, end, offs_n, T, S,
-    scale, left, right, softcap, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Add the share of rows [begin, end)."""
-    offs_d = tl.arange(0, k.shape[1])
-    offs_dv = tl.arange(0, v.shape[1])
-    for start in range(begin, end, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        row_ok = rows < end
-        t = (rows // G).to(tl.int64)
-        g = (rows % G).to(tl.int64)
-        q_rows = q_base + t * q_strides[1] + g * q_strides[2]
-        dout_rows = dout_base + t * dout_strides[1] + g * dout_strides[2]
-        q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D, True)  # [BLOCK_M, BLOCK_D]
-        dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV, True)
-        lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf")) * LOG2E
-        delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
-        scores = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)
-        log_p = scores - lse[None, :]  # [BLOCK_N, BLOCK_M], base 2
-        if MASKED:
-            positions = (rows // G + (S - T))[None, :]
-            seen = band_mask(positions, offs_n[:, None], S, left, right)
-            log_p = tl.where(seen, log_p, float("-inf"))
-        p = tl.exp2(log_p)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
-        if softcap is not None:
-            ds *= softcap_slope(scores, softcap)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit
 def _moda_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_strides, k_strides, v_strides, dout_strides, scale, left, right, softcap, B, T, S, H,
@@ -64,8 +29,8 @@ def _moda_backward_dkv_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     k_rows = k_ptr + b * k_strides[0] + n * k_strides[1] + j * k_strides[2]
     v_rows = v_ptr + b * v_strides[0] + n * v_strides[1] + j * v_strides[2]
-    k = load_rows(k_rows[:, None] + offs_d[None, :], n_ok, offs_d, D, True)  # [BLOCK_N, BLOCK_D]
-    v = load_rows(v_rows[:, None] + offs_dv[None, :], n_ok, offs_dv, DV, True)  # [BLOCK_N, BLOCK_DV]
+    k = load_rows(k_rows[:, None] + offs_d[None, :], n_ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(v_rows[:, None] + offs_dv[None, :], n_ok, offs_dv, DV)  # [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -74,34 +39,41 @@ def _moda_backward_dkv_kernel(
     lse_base = lse_ptr + (b * H + j) * G * T
     delta_base = delta_ptr + (b * H + j) * G * T
 
-    # Tokens that see any of these keys, [begin, end), and that see all of them, [full_begin, full_end).
-    last_n = tl.minimum(start_n + BLOCK_N, S) - 1
+    # Rows of tokens that see any of these keys, [begin, end), and all of them, [inner_begin, inner_end).
+    first, last = start_n - (S - T), tl.minimum(start_n + BLOCK_N, S) - 1 - (S - T)
     begin = 0
-    full_begin = 0
-    end = T
-    full_end = T
+    inner_begin = 0
+    end = T * G
+    inner_end = T * G
     if right is not None:
-        begin = tl.maximum(start_n - right - (S - T), 0)
-        full_begin = tl.minimum(tl.maximum(last_n - right - (S - T), 0), T)
+        begin = tl.maximum(first - right, 0) * G
+        inner_begin = (last - right) * G
     if left is not None:
-        end = tl.maximum(tl.minimum(last_n + left - (S - T) + 1, T), 0)
-        full_end = tl.minimum(start_n + left - (S - T) + 1, T)
-    full_begin = tl.minimum(full_begin, end)
-    full_end = tl.maximum(full_end, full_begin)
-    if right is not None:
-        dk, dv = _accumulate_dkv(
-            dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, begin * G,
-            full_begin * G, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, True,
-        )  # fmt: skip
-    dk, dv = _accumulate_dkv(
-        dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, full_begin * G,
-        full_end * G, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, False,
-    )  # fmt: skip
-    if left is not None:
-        dk, dv = _accumulate_dkv(
-            dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, full_end * G,
-            end * G, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, True,
-        )  # fmt: skip
+        end = tl.minimum(last + left + 1, T) * G
+        inner_end = tl.minimum(first + left + 1, T) * G
+    for start in range(begin, end, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        row_ok = rows < end
+        offs_t = rows // G
+        t = offs_t.to(tl.int64)
+        g = (rows % G).to(tl.int64)
+        q_rows = q_base + t * q_strides[1] + g * q_strides[2]
+        dout_rows = dout_base + t * dout_strides[1] + g * dout_strides[2]
+        q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)  # [BLOCK_M, BLOCK_D]
+        dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
+        lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf")) * LOG2E
+        delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
+        scores = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)
+        log_p = scores - lse[None, :]  # [BLOCK_N, BLOCK_M], base 2
+        if (start < inner_begin) | (start + BLOCK_M > inner_end):
+            seen = band_mask((offs_t + (S - T))[None, :], offs_n[:, None], S, left, right)
+            log_p = tl.where(seen, log_p, float("-inf"))
+        p = tl.exp2(log_p)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
+        if softcap is not None:
+            ds *= softcap_slope(scores, softcap)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
     dk_ptrs = dk_ptr + ((b * S + n) * H + j)[:, None] * D + offs_d[None, :]
     dv_ptrs = dv_ptr + ((b * S + n) * H + j)[:, None] * DV + offs_dv[None, :]

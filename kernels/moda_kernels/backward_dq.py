@@ -19,33 +19,6 @@ from moda_kernels.common import (
 
 
 @triton.jit
-def _accumulate_dq(
-    dq, q, dout, lse, delta, k_base, v_base, stride_k, stride_v, begin, end, positions, S,
-    scale, left, right, softcap, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Add the share of key blocks [begin, end)."""
-    offs_d = tl.arange(0, q.shape[1])
-    offs_dv = tl.arange(0, dout.shape[1])
-    for start in range(begin, end, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        k_ptrs = k_base + tl.cast(start, tl.int64) * stride_k + tl.arange(0, BLOCK_N)[:, None] * stride_k
-        v_ptrs = v_base + tl.cast(start, tl.int64) * stride_v + tl.arange(0, BLOCK_N)[:, None] * stride_v
-        k = load_rows(k_ptrs + offs_d[None, :], offs_n < S, offs_d, D, MASKED)  # [BLOCK_N, BLOCK_D]
-        v = load_rows(v_ptrs + offs_dv[None, :], offs_n < S, offs_dv, DV, MASKED)  # [BLOCK_N, BLOCK_DV]
-        scores = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
-        log_p = scores - lse[:, None]  # [BLOCK_M, BLOCK_N], base 2
-        if MASKED:
-            seen = band_mask(positions[:, None], offs_n[None, :], S, left, right)
-            log_p = tl.where(seen, log_p, float("-inf"))
-        p = tl.exp2(log_p)
-        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
-        if softcap is not None:
-            ds *= softcap_slope(scores, softcap)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
-
-
-@triton.jit
 def _moda_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_depth_ptr, dq_ptr,
     q_strides, k_strides, v_strides, dout_strides, scale, left, right, softcap, B, T, S, H,
@@ -66,8 +39,8 @@ def _moda_backward_dq_kernel(
 
     q_rows = q_ptr + b * q_strides[0] + t * q_strides[1] + h * q_strides[2]
     dout_rows = dout_ptr + b * dout_strides[0] + t * dout_strides[1] + h * dout_strides[2]
-    q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D, True)
-    dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV, True)
+    q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)
+    dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
     lse = tl.load(lse_ptr + (b * H * G + h) * T + t, mask=row_ok, other=float("inf")) * LOG2E
     delta = tl.load(delta_ptr + (b * H * G + h) * T + t, mask=row_ok, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -77,23 +50,27 @@ def _moda_backward_dq_kernel(
     positions = offs_t + (S - T)
     first = tile * BLOCK_M // G + (S - T)
     last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1) + (S - T)
-    begin, full_begin, full_end, end = key_range(first, last, S, left, right, BLOCK_N)
-    if left is not None:
-        dq = _accumulate_dq(
-            dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], begin,
-            tl.minimum(full_begin, end), positions, S, scale, left, right, softcap, D, DV, BLOCK_N, True,
-        )  # fmt: skip
-    dq = _accumulate_dq(
-        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], full_begin,
-        full_end, positions, S, scale, left, right, softcap, D, DV, BLOCK_N, False,
-    )  # fmt: skip
-    dq = _accumulate_dq(
-        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], full_end,
-        end, positions, S, scale, left, right, softcap, D, DV, BLOCK_N, True,
-    )  # fmt: skip
+    block = tl.arange(0, BLOCK_N)
+    begin, inner_begin, inner_end, end = key_range(first, last, S, left, right, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        offs_n = start + block
+        k_rows = k_base + tl.cast(start, tl.int64) * k_strides[1] + block * k_strides[1]
+        v_rows = v_base + tl.cast(start, tl.int64) * v_strides[1] + block * v_strides[1]
+        k = load_rows(k_rows[:, None] + offs_d[None, :], offs_n < S, offs_d, D)  # [BLOCK_N, BLOCK_D]
+        v = load_rows(v_rows[:, None] + offs_dv[None, :], offs_n < S, offs_dv, DV)
+        scores = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
+        log_p = scores - lse[:, None]  # [BLOCK_M, BLOCK_N], base 2
+        if (start < inner_begin) | (start + BLOCK_N > inner_end):
+            seen = band_mask(positions[:, None], offs_n[None, :], S, left, right)
+            log_p = tl.where(seen, log_p, float("-inf"))
+        p = tl.exp2(log_p)
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
+        if softcap is not None:
+            ds *= softcap_slope(scores, softcap)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     offsets = ((b * T + t) * (H * G) + h)[:, None] * D + offs_d[None, :]
     if dq_depth_ptr is not None:
-        dq += load_rows(dq_depth_ptr + offsets, row_ok, offs_d, D, True)
+        dq += load_rows(dq_depth_ptr + offsets, row_ok, offs_d, D)
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + offsets, dq, mask=row_ok[:, None] & (offs_d < D)[None, :])

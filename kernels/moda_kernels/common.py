@@ -53,58 +53,46 @@ def band_mask(positions, keys, S, left, right):
 
 @triton.jit
 def key_range(first, last, S, left, right, BLOCK_N: tl.constexpr):
-    """Key blocks that positions first..last see: [begin, end), and [full_begin, full_end) inside it,
-    where all of them see every key, so that no mask is needed. All but ``end`` are block multiples.
+    """Keys that positions first..last see: [begin, end) by any, [inner_begin, inner_end) by all.
+
+    A block inside the inner range needs no mask; ``begin`` is a multiple of BLOCK_N.
     """
     begin = 0
-    full_begin = 0
+    inner_begin = 0
     end = S
-    full_end = S
+    inner_end = S
     if left is not None:
         begin = tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N
-        full_begin = tl.cdiv(tl.maximum(last - left, 0), BLOCK_N) * BLOCK_N
+        inner_begin = last - left
     if right is not None:
         end = tl.minimum(last + right + 1, S)
-        full_end = tl.maximum(tl.minimum(first + right + 1, S), 0)
-    return begin, full_begin, tl.maximum(full_end // BLOCK_N * BLOCK_N, full_begin), end
+        inner_end = tl.minimum(first + right + 1, S)
+    return begin, inner_begin, inner_end, end
 
 
 @triton.jit
-def online_softmax(m_i, l_i, scores, GUARD: tl.constexpr):
-    """Take in scores along the last axis: new (m_i, l_i), the factor for what came before, and p.
-
-    GUARD covers rows that have seen nothing yet: their maximum is -inf and would give NaN.
-    """
+def online_softmax(m_i, l_i, scores):
+    """Take in scores along the last axis: new (m_i, l_i), the factor for what came before, and p."""
     axis: tl.constexpr = len(scores.shape) - 1
     m_new = tl.maximum(m_i, tl.max(scores, axis))
-    shift = m_new
-    if GUARD:
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
     alpha = tl.exp2(m_i - shift)
     p = tl.exp2(scores - tl.expand_dims(shift, axis))
     return m_new, l_i * alpha + tl.sum(p, axis), alpha, p
 
 
 @triton.jit
-def load_rows(ptrs, rows_ok, offs_d, D: tl.constexpr, CHECK_ROWS: tl.constexpr):
+def load_rows(ptrs, rows_ok, offs_d, D: tl.constexpr):
     """Load [.., BLOCK_D] rows of D elements; padding columns, and rows not ok, read as 0."""
     BLOCK_D: tl.constexpr = offs_d.shape[0]
     rank: tl.constexpr = len(ptrs.shape)
-    if rank == 2:
-        columns = offs_d[None, :] < D
+    ok = tl.expand_dims(rows_ok, rank - 1)
+    if D == BLOCK_D:
+        return tl.load(ptrs, mask=ok, other=0.0)
+    elif rank == 2:
+        return tl.load(ptrs, mask=ok & (offs_d < D)[None, :], other=0.0)
     else:
-        columns = offs_d[None, None, :] < D
-    if CHECK_ROWS:
-        ok = tl.expand_dims(rows_ok, rank - 1)
-        if D == BLOCK_D:
-            return tl.load(ptrs, mask=ok, other=0.0)
-        else:
-            return tl.load(ptrs, mask=ok & columns, other=0.0)
-    else:
-        if D == BLOCK_D:
-            return tl.load(ptrs)
-        else:
-            return tl.load(ptrs, mask=columns, other=0.0)
+        return tl.load(ptrs, mask=ok & (offs_d < D)[None, None, :], other=0.0)
 
 
 @triton.jit

@@ -23,24 +23,26 @@ from moda_kernels.common import (
 
 @triton.jit
 def _attend_sequence(
-    q, m_i, l_i, acc, k_base, v_base, stride_k, stride_v, begin, end, positions, S, scale, left, right, softcap,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
+    q, m_i, l_i, acc, k_base, v_base, stride_k, stride_v, positions, first, last, S,
+    scale, left, right, softcap, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over key blocks [begin, end)."""
+    """The online softmax over the sequence's keys, for rows at positions first..last."""
     offs_d = tl.arange(0, q.shape[1])
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_dv = tl.arange(0, acc.shape[1])
+    block = tl.arange(0, BLOCK_N)
+    begin, inner_begin, inner_end, end = key_range(first, last, S, left, right, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        k_ptrs = k_base + tl.cast(start, tl.int64) * stride_k + tl.arange(0, BLOCK_N)[:, None] * stride_k
-        k = load_rows(k_ptrs + offs_d[None, :], offs_n < S, offs_d, D, MASKED)  # [BLOCK_N, BLOCK_D]
+        offs_n = start + block
+        k_rows = k_base + tl.cast(start, tl.int64) * stride_k + block * stride_k
+        v_rows = v_base + tl.cast(start, tl.int64) * stride_v + block * stride_v
+        k = load_rows(k_rows[:, None] + offs_d[None, :], offs_n < S, offs_d, D)  # [BLOCK_N, BLOCK_D]
+        v = load_rows(v_rows[:, None] + offs_dv[None, :], offs_n < S, offs_dv, DV)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         scores = base2_scores(qk, scale, softcap)
-        if MASKED:
+        if (start < inner_begin) | (start + BLOCK_N > inner_end):
             seen = band_mask(positions[:, None], offs_n[None, :], S, left, right)
             scores = tl.where(seen, scores, float("-inf"))
-        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, MASKED)
-        v_ptrs = v_base + tl.cast(start, tl.int64) * stride_v + tl.arange(0, BLOCK_N)[:, None] * stride_v
-        v = load_rows(v_ptrs + offs_dv[None, :], offs_n < S, offs_dv, DV, MASKED)  # [BLOCK_N, BLOCK_DV]
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_i, l_i, acc
 
@@ -67,11 +69,11 @@ def _attend_depth_by_dot(
         ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
         k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
         v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
-        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D, True)
-        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV, True)
+        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
+        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV)
         qk = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")  # [BLOCK_T, G, BLOCK_L]
         scores = tl.where((offs_l < L)[None, None, :], base2_scores(qk, scale, softcap), float("-inf"))
-        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, False)
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
         acc = acc * alpha[:, :, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
     return tl.reshape(m_i, [BLOCK_M]), tl.reshape(l_i, [BLOCK_M]), tl.reshape(acc, [BLOCK_M, BLOCK_DV])
 
@@ -98,11 +100,11 @@ def _attend_depth_by_sum(
         ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
         k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
         v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
-        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D, True).to(tl.float32)
-        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV, True).to(tl.float32)
+        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D).to(tl.float32)
+        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV).to(tl.float32)
         qk = tl.sum(q * k[:, None, :, :], 3)  # [BLOCK_T, GROUP, BLOCK_L]
         scores = tl.where((offs_l < L)[None, None, :], base2_scores(qk, scale, softcap), float("-inf"))
-        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, False)
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
         acc = acc * alpha[:, :, None] + tl.sum(p[:, :, :, None] * v[:, None, :, :], 2)
     return tl.reshape(m_i, [BLOCK_M]), tl.reshape(l_i, [BLOCK_M]), tl.reshape(acc, [BLOCK_M, BLOCK_DV])
 
@@ -129,7 +131,7 @@ def _moda_forward_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
 
     q_rows = q_ptr + b * q_strides[0] + offs_t.to(tl.int64) * q_strides[1] + query_head * q_strides[2]
-    q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D, True)
+    q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -140,31 +142,16 @@ def _moda_forward_kernel(
             G, D, DV, BLOCK_L, DEPTH_STAGES, ALIGNED,
         )  # fmt: skip
 
-    k_base = k_ptr + b * k_strides[0] + j * k_strides[2]
-    v_base = v_ptr + b * v_strides[0] + j * v_strides[2]
-    positions = offs_t + (S - T)
-    begin, full_begin, full_end, end = key_range(
-        first_token + (S - T), last_token + (S - T), S, left, right, BLOCK_N
-    )
-    if left is not None:
-        m_i, l_i, acc = _attend_sequence(
-            q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], begin, tl.minimum(full_begin, end),
-            positions, S, scale, left, right, softcap, D, DV, BLOCK_N, BLOCK_DV, True,
-        )  # fmt: skip
     m_i, l_i, acc = _attend_sequence(
-        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], full_begin, full_end,
-        positions, S, scale, left, right, softcap, D, DV, BLOCK_N, BLOCK_DV, False,
+        q, m_i, l_i, acc, k_ptr + b * k_strides[0] + j * k_strides[2],
+        v_ptr + b * v_strides[0] + j * v_strides[2], k_strides[1], v_strides[1],
+        offs_t + (S - T), first_token + (S - T), last_token + (S - T), S,
+        scale, left, right, softcap, D, DV, BLOCK_N,
     )  # fmt: skip
-    m_i, l_i, acc = _attend_sequence(
-        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], full_end, end,
-        positions, S, scale, left, right, softcap, D, DV, BLOCK_N, BLOCK_DV, True,
-    )  # fmt: skip
+
     if k_depth is not None and not DEPTH_DOT:  # last: before the sequence loop its layouts spill
         GROUP: tl.constexpr = G if BLOCK_M % G == 0 else 1
-        if GROUP == G:
-            token = first_token + tl.arange(0, BLOCK_M // G)
-        else:
-            token = offs_t
+        token = first_token + tl.arange(0, BLOCK_M // G) if GROUP == G else offs_t
         m_i, l_i, acc = _attend_depth_by_sum(
             q, m_i, l_i, acc, k_depth, v_depth, b, j, token, T, L, scale, softcap,
             GROUP, D, DV, BLOCK_L, DEPTH_STAGES, ALIGNED,

@@ -7,6 +7,8 @@ host-to-device copy that needs no pinned memory to outlive the call and no synch
 it can be captured in a CUDA graph.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,7 @@ def _encode(word: int) -> int:
     return (1 << 62) + 2 * word + 1
 
 
-def depth_arguments(*depths: list[Tensor]) -> tuple[list[tuple], bool]:
+def depth_arguments(*depths: list[Tensor]) -> tuple[list[tuple[Any, ...]], bool]:
     """For each depth (L slots, or a list of one packed tensor) what ``slot_rows`` takes; and ALIGNED.
 
     All depths have the same number L >= 1 of slots, on one device, in one dtype.

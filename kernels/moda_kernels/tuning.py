@@ -5,7 +5,7 @@ by what a block keeps in registers and shared memory.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,10 +39,8 @@ class DepthTile(NamedTuple):
 
 
 def block_dim(head_dim: int) -> int:
-    """Head dims are padded to a power of two, of at least 32: products with [64, 16] value tiles come
-    out wrong on Hopper with Triton 3.6 (D = 20, DV = 12 in float16: keys from the 17th on are lost).
-    """
-    return max(32, triton.next_power_of_2(head_dim))
+    """Head dims are padded to a power of two of at least 16, the least that a dot contracts over."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 @lru_cache
@@ -50,7 +48,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block may use."""
     if device.type != "cuda":  # the interpreter
         return 1 << 20
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin
 
 
 def forward_tile(dtype: torch.dtype, D: int, DV: int) -> Tile:

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/attention_rows.py [--json FILE]      (needs a CUDA GPU)
 
-C and Cb are cuDNN's forward and backward on the sequence part alone (SDPA, causal), M the time to read
-the depth keys and values once at the rate of a large device-to-device copy. All are medians of one
-run in milliseconds, with the L2 cache flushed before each call. A row is timed only if its results
-agree with float64 on the last tokens.
+C and Cb are cuDNN's forward and backward on the sequence part alone (SDPA, causal), M the time to
+read the depth keys and values once at the rate of a large device-to-device copy. All are medians of
+one run in milliseconds, with the L2 cache flushed before each call. A row is timed only if its
+results agree with float64 on the last tokens.
 """
 
 import argparse
@@ -123,7 +123,9 @@ def main() -> None:
     arguments = parser.parse_args()
     bytes_per_ms = copy_rate()
     device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, B = 1, causal")
+    print(
+        f"{device}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, B = 1, causal"
+    )
     print(f"copy {bytes_per_ms / 1e9:.2f} TB/s")
     columns = "C", "Cb", "M", "forward_packed", "forward_list", "backward_packed", "backward_list"
     print(f"{'T, G, H, L, D':24}", *(f"{name:>16}" for name in columns), f"{'error':>9}")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from moda_reference import attention, attention_backward
 
 STEP = 1e-5  # truncation STEP^2 = 1e-10, rounding 1e-16 / STEP = 1e-11

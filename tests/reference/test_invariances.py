@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from moda_reference import attention, attention_backward, attention_tiled
 
 forms = pytest.mark.parametrize("form", [attention, attention_tiled])

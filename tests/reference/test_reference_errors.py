@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+
 from moda_reference import (
     attention,
     attention_backward,

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import moda_reference
 import pytest
+
+import moda_reference
 from moda_reference.glossary import GLOSSARY, table
 
 SOURCE_ROOT = Path(moda_reference.__file__).parents[1]

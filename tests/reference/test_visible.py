@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+
 from moda_reference import visible
 from moda_reference.masks import reach
 from moda_reference.tiled import sequence_blocks

@@ -1,0 +1,5 @@
+"""``python -m moda_ops``."""
+
+from moda_ops.cli import main
+
+main(prog_name="python -m moda_ops")

@@ -1,0 +1,78 @@
+"""The command line: ``moda-ops demo`` and ``moda-ops doctor``."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+import torch
+
+import moda_ops
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(moda_ops.__version__, prog_name="moda-ops")
+def main() -> None:
+    """Mixture-of-Depths Attention operators for torch.compile."""
+
+
+@main.command()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("out/demo"),
+    show_default=True,
+    help="Folder for checkpoint.pt, loss.png and sample.txt.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120,
+    show_default=True,
+    help="Training time; compilation comes on top.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Stop after this many steps, if earlier.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="auto takes a GPU if there is one.",
+)
+@click.pass_context
+def demo(
+    ctx: click.Context, output: Path, seconds: float, steps: int | None, seed: int, device: str
+) -> None:
+    """Train a small MoDA language model on the Python standard library's source."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("no CUDA device is available", param_hint="--device")
+    missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise click.ClickException(
+            f"the demo needs {' and '.join(missing)}: pip install 'moda-ops[demo]'"
+        )
+    from moda_ops.demo import FILES, prepare_output, run
+
+    by_default = ctx.get_parameter_source("output") is click.core.ParameterSource.DEFAULT
+    try:
+        prepare_output(output, parents=by_default)
+    except OSError as error:
+        raise click.ClickException(f"cannot write to --output: {error}") from None
+    try:
+        passed = run(output, seconds=seconds, steps=steps, seed=seed, device=torch.device(device))
+    except KeyboardInterrupt:
+        kept = [str(output / name) for name in FILES if (output / name).exists()]
+        click.echo(f"\nInterrupted. Kept: {', '.join(kept) or 'nothing yet'}.", err=True)
+        sys.exit(130)
+    sys.exit(0 if passed else 1)
+
+
+@main.command()
+def doctor() -> None:
+    """Report versions and devices, and check the operator on each device."""
+    from moda_ops.doctor import report
+
+    sys.exit(0 if report() else 1)

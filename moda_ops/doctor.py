@@ -1,0 +1,72 @@
+"""What ``moda-ops doctor`` reports: versions, devices, what runs where, and whether it is right."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+import torch
+
+from moda_ops.selfcheck import operator_errors
+
+DTYPES = {
+    "cpu": [torch.float32],
+    "cuda": [torch.float32, torch.float16, torch.bfloat16],
+}
+
+
+def report() -> bool:
+    """Print the report; True if every self-check passed."""
+    _row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("moda-ops", "torch", "triton", "numpy"):
+        _row(package, _version(package))
+    click.echo()
+    _row("cpu tensors", "plain PyTorch (moda_ops.eager): the only implementation for a CPU")
+    _row("cuda tensors", _cuda())
+    click.echo()
+    click.echo("self-check, forward and backward against moda_reference in float64")
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    passed = [_check(name, dtype) for name in devices for dtype in DTYPES[name.partition(":")[0]]]
+    return all(passed)
+
+
+def _row(name: str, value: str) -> None:
+    click.echo(f"{name:<14} {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda() -> str:
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+        return f"Triton kernels (moda_kernels) on {name}, capability {major}.{minor}"
+    if torch.version.cuda is None:
+        return "none: this PyTorch is built without CUDA"
+    return f"none: PyTorch is built for CUDA {torch.version.cuda} but sees no device"
+
+
+def _check(device: str, dtype: torch.dtype) -> bool:
+    """Two slots, grouped heads, odd sizes; prints one line."""
+    label = f"{device} {str(dtype).removeprefix('torch.')}"
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int, dim: int) -> torch.Tensor:
+        return torch.randn(2, 67, heads, dim, generator=generator).to(device, dtype)
+
+    q, k, v = random(6, 40), random(2, 40), random(2, 24)
+    k_depth, v_depth = [random(2, 40) for _ in range(2)], [random(2, 24) for _ in range(2)]
+    try:
+        errors = operator_errors(q, k, v, k_depth, v_depth)
+    except Exception as error:  # a report says what is broken; it does not break
+        first_line = str(error).partition("\n")[0]
+        _row(label, f"FAILED: {type(error).__name__}: {first_line}")
+        return False
+    ok = all(error.ok for error in errors)
+    worst = max(errors, key=lambda error: error.error / error.tolerance)
+    _row(label, f"{'ok' if ok else 'FAILED'}: relative error of {errors[0]}; of {worst}")
+    return ok
