@@ -36,7 +36,7 @@ def attention(
     lse = q.new_empty(B, HQ, T, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    tile = tuning.forward_tile(q.dtype, D, DV)
+    tile = tuning.forward_tile(q.dtype, G, D, DV)
     depth_tile = tuning.forward_depth(q, DV, G, tile.BLOCK_M)
     with torch.cuda.device_of(q):
         depth, aligned = depth_arguments(k_depth, v_depth) if L else ([None, None], False)

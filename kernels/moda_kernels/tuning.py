@@ -18,6 +18,7 @@ class Tile(NamedTuple):
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 class ForwardDepth(NamedTuple):
@@ -52,12 +53,13 @@ def shared_memory(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin
 
 
-def forward_tile(dtype: torch.dtype, D: int, DV: int) -> Tile:
+def forward_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> Tile:
     width = max(block_dim(D), block_dim(DV))
     if dtype is torch.float32:
         return Tile(32 if width <= 128 else 16, 32, 4, 1)
     if width <= 64:
-        return Tile(64, 64, 4, 3)
+        # 168 registers let three programs share a multiprocessor; wide groups would spill.
+        return Tile(64, 64, 4, 3, maxnreg=168 if G <= 32 else None)
     return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 2)
 
 
