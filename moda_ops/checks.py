@@ -123,3 +123,9 @@ def check_backward(
     ):
         if tensor is not None:
             _check_like(name, tensor, shape, dims, dtype, q.device)
+    for name, tensor in (("out", out), ("lse", lse)):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, as the forward returned it, got strides "
+                f"{tuple(tensor.stride())}"
+            )

@@ -81,6 +81,8 @@ def test_operator_checks_its_own_arguments():
         ValueError, match=r"lse must have shape \(B, HQ, T\) = \(2, 6, 5\), got \(2, 5, 6\)"
     ):
         torch.ops.moda.attention_backward(out, None, q, k, v, [], [], out, lse.mT)
+    with pytest.raises(ValueError, match="lse must be contiguous, as the forward returned it"):
+        torch.ops.moda.attention_backward(out, None, q, k, v, [], [], out, lse.mT.clone().mT)
     with pytest.raises(
         TypeError, match=r"dout must have dtype torch\.float32 to fit q, got torch\.float16"
     ):

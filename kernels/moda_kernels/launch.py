@@ -17,6 +17,11 @@ def _slot_count(depth: list[Tensor]) -> int:
     return depth[0].shape[2] if depth and depth[0].dim() == 5 else len(depth)
 
 
+def _reach(side: int | None, T: int, S: int) -> int | None:
+    """The same window for T queries and S keys, small enough for 32-bit sums with positions."""
+    return None if side is None else min(side, T + S)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -32,6 +37,7 @@ def attention(
     B, T, HQ, D = q.shape
     S, H, DV = k.shape[1], k.shape[2], v.shape[3]
     G, L = HQ // H, _slot_count(k_depth)
+    left, right = _reach(left, T, S), _reach(right, T, S)
     out = q.new_empty(B, T, HQ, DV)
     lse = q.new_empty(B, HQ, T, dtype=torch.float32)
     if lse.numel() == 0:
@@ -68,6 +74,7 @@ def attention_backward(
     B, T, HQ, D = q.shape
     S, H, DV = k.shape[1], k.shape[2], v.shape[3]
     G, L = HQ // H, _slot_count(k_depth)
+    left, right = _reach(left, T, S), _reach(right, T, S)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dk_depth = [x.new_empty(x.shape) for x in k_depth]
     dv_depth = [x.new_empty(x.shape) for x in v_depth]

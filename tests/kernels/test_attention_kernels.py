@@ -76,6 +76,12 @@ def test_masks_and_softcap(causal, window, softcap, dtype, device):
     check(inputs, causal=causal, window=window, softcap=softcap)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_window_beyond_32_bits(causal, device):
+    inputs = make_inputs(1, 9, 2, 1, 16, 1, S=12, device=device)
+    check(inputs, causal=causal, window=2**40)
+
+
 @pytest.mark.parametrize("L", [0, 3])
 @pytest.mark.parametrize(("T", "S"), [(7, 0), (70, 20)])
 def test_rows_without_keys(T, S, L, device):
