@@ -82,7 +82,7 @@ def test_operator_checks_its_own_arguments():
     ):
         torch.ops.moda.attention_backward(out, None, q, k, v, [], [], out, lse.mT)
     with pytest.raises(ValueError, match="lse must be contiguous, as the forward returned it"):
-        torch.ops.moda.attention_backward(out, None, q, k, v, [], [], out, lse.mT.clone().mT)
+        torch.ops.moda.attention_backward(out, None, q, k, v, [], [], out, lse.mT.contiguous().mT)
     with pytest.raises(
         TypeError, match=r"dout must have dtype torch\.float32 to fit q, got torch\.float16"
     ):
