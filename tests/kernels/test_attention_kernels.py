@@ -95,6 +95,13 @@ def test_group_wider_than_a_block(G, dtype, device):
     check(make_inputs(1, 3, G, 1, 16, 40, dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("G", [1, 2, 3, 8, 16])
+def test_several_slot_blocks(G, dtype, device):
+    """The online softmax over depth is rescaled from block to block, in dots and in sums."""
+    check(make_inputs(1, 6, G, 1, 16, 40, dtype=dtype, device=device, form="packed"))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_scale_and_batch(form, device):
     check(make_inputs(3, 5, 6, 3, 32, 4, device=device, form=form), scale=0.3)
