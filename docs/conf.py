@@ -18,7 +18,8 @@ html_theme = "furo"
 html_title = f"moda-ops {version}"
 
 nb_execution_mode = "off"  # notebooks are committed with their outputs
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["deflist"]
+highlight_language = "none"  # literal blocks in docstrings are equations; doctests say so themselves
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
