@@ -92,7 +92,7 @@ def test_rows_without_keys(T, S, L, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("G", [80, 130])
 def test_group_wider_than_a_block(G, dtype, device):
-    check(make_inputs(1, 3, G, 1, 16, 40, dtype=dtype, device=device))
+    check(make_inputs(1, 3, G, 1, 64, 40, dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
