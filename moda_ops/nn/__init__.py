@@ -1,0 +1,44 @@
+"""A decoder language model over the depth stream, and the models that it is compared with.
+
+Every attention layer reads, beside its sequence, the keys and values that earlier layers wrote at
+the same token (arXiv 2603.15619, section 2, mechanism (d)). A key is written after rotation at its
+own token: query and depth key share a position, the rotations cancel, and the sequence key is the
+depth key.
+
+:class:`MoDAConfig` chooses who writes the stream, ``depth``, and where the norms stand, ``norm``;
+:class:`MoDALanguageModel` is the model. The stream is a plain list of slots that the blocks pass on
+and never stack. Shapes: B batch, T tokens, C width, HQ query heads, H key/value heads, D head
+dimension.
+"""
+
+from moda_ops.nn.config import Depth, MoDAConfig, Norm
+from moda_ops.nn.layers import (
+    DepthAttention,
+    DepthProjection,
+    FeedForward,
+    MoDAAttention,
+    RMSNorm,
+    Rotary,
+    Slot,
+    rotary_angles,
+    rotate,
+)
+from moda_ops.nn.model import DepthAttentionBlock, MoDABlock, MoDALanguageModel
+
+__all__ = [
+    "Depth",
+    "DepthAttention",
+    "DepthAttentionBlock",
+    "DepthProjection",
+    "FeedForward",
+    "MoDAAttention",
+    "MoDABlock",
+    "MoDAConfig",
+    "MoDALanguageModel",
+    "Norm",
+    "RMSNorm",
+    "Rotary",
+    "Slot",
+    "rotary_angles",
+    "rotate",
+]

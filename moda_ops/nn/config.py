@@ -1,0 +1,117 @@
+"""Sizes and options of the models."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from moda_ops.checks import MAX_HEAD_DIM
+
+Depth = Literal["residual", "attention", "kv", "kv+ffn", "kv+ffn+attn"]
+"""How layers read earlier layers; :class:`MoDAConfig` explains each."""
+
+Norm = Literal["pre", "post"]
+"""Where the norms stand; :class:`MoDAConfig` explains both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoDAConfig:
+    """Sizes and options of a :class:`MoDALanguageModel`.
+
+    ``depth`` is one of (sections and tables of arXiv 2603.15619):
+
+    ================= ============================================================================
+    ``"residual"``    the residual stream alone: section 2 (a), the baseline, Table 3, rows 1 and 2
+    ``"attention"``   a layer's input is attention over the slots of all layers before it, at its
+                      own token, in place of the residual stream: section 2 (c)
+    ``"kv"``          MoDA over the attention layers' own keys and values: row 3
+    ``"kv+ffn"``      and a projection of each feed-forward layer's input: row 4, the default
+    ``"kv+ffn+attn"`` the attention layers too write a projection of their input, not their own
+                      keys and values: row 5
+    ================= ============================================================================
+
+    ``norm`` is ``"post"``, x = norm(x + f(x)), the better one for MoDA in Table 6, or ``"pre"``,
+    x = x + f(norm(x)) and a norm before the output layer, the better one there for the baseline.
+    Under ``depth="attention"`` there is no sum, and these are norm(f(x)) and f(norm(x)).
+
+    Args:
+        vocab_size: number of tokens.
+        layers: number of blocks, each an attention and a feed-forward layer.
+        width: C, size of the residual stream.
+        heads: HQ, query heads.
+        kv_heads: H, key/value heads; divides ``heads``.
+        head_dim: D, even, at most 256.
+        hidden: inner size of the feed-forward layers.
+        depth: how layers read earlier layers, see above.
+        norm: ``"post"`` or ``"pre"``, see above.
+        qk_norm: RMSNorm of every query and key over its head dimension, before rotation.
+        bias: add a bias to every projection.
+        write_last: let the last block write to the depth stream too, although no layer reads it
+            there (the counts in Table 6 have it). Its projections then get no gradient.
+        rope_base: base of the rotary wavelengths.
+
+    Raises:
+        ValueError: sizes that do not fit together, or an option that does not exist.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    depth: Depth = "kv+ffn"
+    norm: Norm = "post"
+    qk_norm: bool = False
+    bias: bool = False
+    write_last: bool = False
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads = {self.kv_heads} must divide heads = {self.heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even for the rotary embedding")
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim = {self.head_dim} must be at most {MAX_HEAD_DIM}")
+        for name, kinds in (("depth", Depth), ("norm", Norm)):
+            if getattr(self, name) not in get_args(kinds):
+                known = ", ".join(map(repr, get_args(kinds)))
+                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {known}")
+        if self.depth == "attention" and self.q_width != self.width:
+            raise ValueError(
+                f"heads * head_dim = {self.heads} * {self.head_dim} = {self.q_width} must equal "
+                f"width = {self.width} for depth = 'attention': a layer's input is a row of heads"
+            )
+
+    @property
+    def q_width(self) -> int:
+        """HQ * D, size of all queries of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """H * D, size of all keys of a token, and of all values."""
+        return self.kv_heads * self.head_dim
+
+    def depth_reads(self) -> list[int]:
+        """Slots that each read of the depth stream meets, from the first read to the last.
+
+        Example:
+            >>> from dataclasses import replace
+            >>> config = MoDAConfig(
+            ...     vocab_size=256, layers=3, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+            ... )
+            >>> config.depth_reads()  # one read per block; a block writes two slots
+            [0, 2, 4]
+            >>> replace(config, depth="kv").depth_reads()
+            [0, 1, 2]
+            >>> replace(config, depth="attention").depth_reads()  # after every layer, embedding too
+            [2, 3, 4, 5, 6, 7]
+        """
+        if self.depth == "attention":
+            return list(range(2, 2 * self.layers + 2))
+        slots = {"residual": 0, "kv": 1}.get(self.depth, 2)
+        return [slots * layer for layer in range(self.layers)]

@@ -1,0 +1,224 @@
+"""The blocks and the language model."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moda_ops.nn.config import MoDAConfig
+from moda_ops.nn.layers import (
+    DepthAttention,
+    DepthProjection,
+    FeedForward,
+    MoDAAttention,
+    RMSNorm,
+    Rotary,
+    Slot,
+    rotary_angles,
+)
+
+
+class MoDABlock(nn.Module):
+    """Attention and feed-forward around the residual stream, and what they write to depth.
+
+    Each is ``x = norm(x + f(x))`` (post-norm) or ``x = x + f(norm(x))`` (pre-norm). A projection
+    writes what its layer takes in: in pre-norm the normalized x.
+
+    Args:
+        config: ``depth`` is any but ``"attention"``.
+        last: whether no block follows. It then writes nothing, unless ``config.write_last``.
+
+    Example:
+        >>> config = MoDAConfig(
+        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        ... )
+        >>> block, rotary = MoDABlock(config, last=False), rotary_angles(torch.arange(5), 8, 1e4)
+        >>> x, stream = block(torch.randn(1, 5, 32), rotary, [])
+        >>> x.shape, len(stream)
+        (torch.Size([1, 5, 32]), 2)
+    """
+
+    def __init__(self, config: MoDAConfig, *, last: bool) -> None:
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        self.writes = config.depth != "residual" and (config.write_last or not last)
+        projects = config.depth.split("+") if self.writes else []
+        self.attention = MoDAAttention(config)
+        self.attention_norm = RMSNorm(config.width)
+        self.attention_write = DepthProjection(config) if "attn" in projects else None
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = RMSNorm(config.width)
+        self.feed_forward_write = DepthProjection(config) if "ffn" in projects else None
+
+    def forward(self, x: Tensor, rotary: Rotary, stream: list[Slot]) -> tuple[Tensor, list[Slot]]:
+        """Output (B, T, C) for x (B, T, C), and the stream with this block's slots appended."""
+        h = self.attention_norm(x) if self.pre_norm else x
+        y, slot = self.attention(h, rotary, stream)
+        x = x + y if self.pre_norm else self.attention_norm(x + y)
+        if self.attention_write is not None:
+            slot = self.attention_write(h, rotary)
+        if self.writes:
+            stream = [*stream, slot]
+
+        h = self.feed_forward_norm(x) if self.pre_norm else x
+        if self.feed_forward_write is not None:
+            stream = [*stream, self.feed_forward_write(h, rotary)]
+        y = self.feed_forward(h)
+        return x + y if self.pre_norm else self.feed_forward_norm(x + y), stream
+
+
+class DepthAttentionBlock(nn.Module):
+    """Attention and feed-forward, each followed by :class:`DepthAttention` in place of a sum.
+
+    A layer's output is ``norm(f(x))`` (post-norm) or ``f(norm(x))`` (pre-norm). The sequence
+    attention is plain causal attention.
+
+    Args:
+        config: ``depth`` is ``"attention"``.
+
+    Example:
+        >>> config = MoDAConfig(
+        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64,
+        ...     depth="attention",
+        ... )
+        >>> block, rotary = DepthAttentionBlock(config), rotary_angles(torch.arange(5), 8, 1e4)
+        >>> x, stream = block(torch.randn(1, 5, 32), rotary, [])
+        >>> x.shape, len(stream)
+        (torch.Size([1, 5, 32]), 2)
+    """
+
+    def __init__(self, config: MoDAConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        self.attention = MoDAAttention(config)
+        self.attention_norm = RMSNorm(config.width)
+        self.attention_depth = DepthAttention(config)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = RMSNorm(config.width)
+        self.feed_forward_depth = DepthAttention(config)
+
+    def forward(self, x: Tensor, rotary: Rotary, stream: list[Slot]) -> tuple[Tensor, list[Slot]]:
+        """The next block's input (B, T, C) for x (B, T, C), and the stream with two more slots."""
+        y, _ = self.attention(self.attention_norm(x) if self.pre_norm else x, rotary, [])
+        y = y if self.pre_norm else self.attention_norm(y)
+        x, stream = self.attention_depth(y, rotary, stream)
+
+        y = self.feed_forward(self.feed_forward_norm(x) if self.pre_norm else x)
+        y = y if self.pre_norm else self.feed_forward_norm(y)
+        return self.feed_forward_depth(y, rotary, stream)
+
+
+class MoDALanguageModel(nn.Module):
+    """A decoder language model; its output layer is the transposed embedding.
+
+    By default (``depth="kv+ffn"``) block l, from 0, reads 2 l depth slots, two from each block
+    before it. Under ``depth="attention"`` the embedding is written too, normalized, for it would
+    vanish beside the layers' outputs; the first block's input is attention over this one slot,
+    that is, its value repeated for every head of a group.
+
+    Example:
+        >>> config = MoDAConfig(
+        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        ... )
+        >>> model = MoDALanguageModel(config)
+        >>> model(torch.randint(256, (1, 5))).shape
+        torch.Size([1, 5, 256])
+    """
+
+    def __init__(self, config: MoDAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        depth_attention = config.depth == "attention"
+        self.embedding_norm = RMSNorm(config.width, gain=False) if depth_attention else None
+        self.embedding_write = DepthProjection(config) if depth_attention else None
+        self.blocks = nn.ModuleList(
+            DepthAttentionBlock(config)
+            if depth_attention
+            else MoDABlock(config, last=i == config.layers - 1)
+            for i in range(config.layers)
+        )
+        self.norm = RMSNorm(config.width) if config.norm == "pre" else nn.Identity()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal weights with standard deviation 0.02 (embedding) and 1/sqrt(fan-in) (matrices).
+
+        The 2 * layers matrices that write to the residual stream get 1/sqrt(2 * layers) of that
+        (Radford et al. 2019, section 2.3). Biases are 0, gains 1.
+        """
+        sums = 1 if self.config.depth == "attention" else 2 * self.config.layers
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(std=0.02)
+            elif isinstance(module, nn.Linear):
+                fan_in = module.in_features * (sums if name.endswith("out_proj") else 1)
+                module.weight.normal_(std=fan_in**-0.5)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, RMSNorm):
+                module.reset_parameters()
+
+    def num_parameters(self) -> int:
+        """Parameters, the embedding counted once.
+
+        These are the counts of arXiv 2603.15619, Tables 3 and 6, to the digits printed there.
+        Table 3: 100,278 tokens, width 1024, 16 and 8 heads of 64, hidden 4096. Table 6 gives fewer
+        sizes; 50,304 tokens, width 384, 6 and 2 heads of 64 and hidden 1536 fit all of its counts
+        with ``qk_norm``, ``bias`` and ``write_last``, in post-norm.
+
+        Example:
+            >>> config = MoDAConfig(
+            ...     vocab_size=100_278, layers=36, width=1024, heads=16, kv_heads=8, head_dim=64,
+            ...     hidden=4096,
+            ... )
+            >>> with torch.device("meta"):
+            ...     model = MoDALanguageModel(config)
+            >>> f"{model.num_parameters() / 1e6:.1f} M"
+            '705.7 M'
+        """
+        return sum(p.numel() for p in self.parameters())
+
+    def flops(self, batch: int, tokens: int) -> int:
+        """Floating-point operations of one forward pass over (batch, tokens).
+
+        Two for each multiply-add of a matrix product, the output layer's included: 2 per token and
+        weight, and 4 D per query head and visible key, for the score and the value. A query at
+        position t sees t + 1 sequence keys, T (T + 1) / 2 in all, and its token's depth slots.
+        Softmax, norms, rotation, activations, biases and the embedding lookup are left out.
+
+        The FLOPs column of arXiv 2603.15619, Table 3, is 18 to 19% higher and not explained there.
+        It fits batch 1, T = 4096, all T^2 pairs counted, masked ones too, and six more operations
+        on each pair's score. What depth adds, rows 3 to 5 against row 1, is the same in both.
+
+        Example:
+            >>> config = MoDAConfig(
+            ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+            ... )
+            >>> model = MoDALanguageModel(config)
+            >>> weights = 256 * 32 + 2 * (3 * 32 * 32 + 3 * 32 * 64) + 32 * 32
+            >>> pairs = 2 * (1 + 2 + 3 + 4 + 5) + 5 * 2  # the second layer reads two slots
+            >>> model.flops(1, 5) == 2 * 5 * weights + 4 * 8 * 4 * pairs
+            True
+        """
+        linear = [m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)]
+        weights = self.embedding.weight.numel() + sum(linear)
+        sequence = self.config.layers * tokens * (tokens + 1) // 2
+        pairs = sequence + tokens * sum(self.config.depth_reads())
+        return 2 * batch * tokens * weights + 4 * batch * self.config.q_width * pairs
+
+    def rotary(self, tokens: int) -> Rotary:
+        """Angles of positions 0 .. tokens - 1."""
+        positions = torch.arange(tokens, device=self.embedding.weight.device)
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, vocab_size) of the token after each of tokens (B, T)."""
+        x, rotary = self.embedding(tokens), self.rotary(tokens.shape[1])
+        stream: list[Slot] = []
+        if self.embedding_norm is not None and self.embedding_write is not None:
+            k, v = self.embedding_write(self.embedding_norm(x), rotary)
+            x, stream = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2), [(k, v)]
+        for block in self.blocks:
+            x, stream = block(x, rotary, stream)
+        return F.linear(self.norm(x), self.embedding.weight)
