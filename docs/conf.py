@@ -19,7 +19,7 @@ html_title = f"moda-ops {version}"
 
 nb_execution_mode = "off"  # notebooks are committed with their outputs
 myst_enable_extensions = ["deflist"]
-highlight_language = "none"  # literal blocks in docstrings are equations; doctests say so themselves
+highlight_language = "none"  # literal blocks in docstrings are equations
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

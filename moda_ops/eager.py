@@ -1,8 +1,9 @@
 """The operators in plain PyTorch: what CPU tensors get, and the readable form of the kernels.
 
 Memory is O(T * S) for the sequence scores and O(T * L) for the depth scores: no depth slot is ever
-copied or stacked. float16 and bfloat16 are computed in float32, as the kernels do. A query at key
-position p sees the keys of the band [p - left, p + right]; None is unbounded, causal is right = 0.
+copied or stacked. float16 and bfloat16 are computed in float32, as the kernels do, and autocast
+reaches in as little as into a kernel. A query at key position p sees the keys of the band
+[p - left, p + right]; None is unbounded, causal is right = 0.
 """
 
 import torch
@@ -65,6 +66,7 @@ def _scores(
     return scores, slope
 
 
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def attention(
     q: Tensor,
     k: Tensor,
@@ -89,6 +91,7 @@ def attention(
     return _ungrouped(out, q.dtype), lse.flatten(1, 2).contiguous()
 
 
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
