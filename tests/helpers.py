@@ -79,10 +79,8 @@ class Scores(NamedTuple):
 
     values: Tensor
     hidden: Tensor
-    v: list[
-        Tensor
-    ]  # what p multiplies: the sequence's v [B, HQ, S, DV], then each slot's [B, HQ, T, DV]
-    k: list[Tensor]
+    v: list[Tensor]  # the sequence's [B, HQ, S, DV], then each slot's [B, HQ, T, DV]
+    k: list[Tensor]  # likewise
 
 
 def _scores(inputs: Inputs, options: dict[str, Any]) -> Scores:

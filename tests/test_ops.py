@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from helpers import Inputs, assert_matches_reference, make_inputs
+from helpers import FORMS, Inputs, assert_matches_reference, make_inputs
 from moda_ops import moda_attention
-
-FORMS = ("list", "packed", "embedded")
 
 
 def as_arguments(inputs: Inputs):

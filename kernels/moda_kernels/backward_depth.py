@@ -54,11 +54,12 @@ def _moda_backward_depth_kernel(
     dq_base = dq_ptr + ((b * T + t) * H + j) * G * D
 
     ONE_PASS: tl.constexpr = G <= BLOCK_G  # else a wide group goes by in parts, for each slot block
-    dq = tl.zeros([BLOCK_T, BLOCK_G, BLOCK_D], tl.float32)
-    q, dout, lse, delta = _load_heads(
-        q_base, dout_base, lse_base, delta_base, q_strides[2], dout_strides[2], T, offs_t, offs_g,
-        offs_d, offs_dv, G, D, DV,
-    )  # fmt: skip
+    if ONE_PASS:
+        dq = tl.zeros([BLOCK_T, BLOCK_G, BLOCK_D], tl.float32)
+        q, dout, lse, delta = _load_heads(
+            q_base, dout_base, lse_base, delta_base, q_strides[2], dout_strides[2], T, offs_t, offs_g,
+            offs_d, offs_dv, G, D, DV,
+        )  # fmt: skip
     for start in range(0, L, BLOCK_L):
         offs_l = start + tl.arange(0, BLOCK_L)
         l_ok = offs_l < L
