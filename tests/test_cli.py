@@ -201,6 +201,18 @@ def test_doctor_fails_if_the_operator_does(fault: str, monkeypatch: pytest.Monke
     assert "long story" not in result.stdout
 
 
+def test_self_check_sees_a_small_relative_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v, key, value = torch.randn(5, 1, 40, 2, 16).unbind()
+    inputs = (3 * q, 3 * k, v, [3 * key], [value])  # scores up to about 100
+    assert all(error.ok for error in selfcheck.operator_errors(*inputs))
+
+    right = selfcheck._operator
+    monkeypatch.setattr(selfcheck, "_operator", lambda *x: tuple(y * (1 + 5e-5) for y in right(*x)))
+    assert not any(error.ok for error in selfcheck.operator_errors(*inputs))
+
+
 def test_commands_are_described() -> None:
     result = moda_ops("--help")
     assert result.exit_code == 0

@@ -83,16 +83,23 @@ def online_softmax(m_i, l_i, scores):
 
 @triton.jit
 def load_rows(ptrs, rows_ok, offs_d, D: tl.constexpr):
-    """Load [.., BLOCK_D] rows of D elements; padding columns, and rows not ok, read as 0."""
-    BLOCK_D: tl.constexpr = offs_d.shape[0]
+    """Load [.., BLOCK_D] rows of D elements; padding columns, and rows not ok, read as 0.
+
+    ``rows_ok`` is None where all rows are.
+    """
     rank: tl.constexpr = len(ptrs.shape)
-    ok = tl.expand_dims(rows_ok, rank - 1)
-    if D == BLOCK_D:
-        return tl.load(ptrs, mask=ok, other=0.0)
-    elif rank == 2:
-        return tl.load(ptrs, mask=ok & (offs_d < D)[None, :], other=0.0)
+    if rank == 2:
+        columns_ok = (offs_d < D)[None, :]
     else:
-        return tl.load(ptrs, mask=ok & (offs_d < D)[None, None, :], other=0.0)
+        columns_ok = (offs_d < D)[None, None, :]
+    if D == offs_d.shape[0] and rows_ok is None:
+        return tl.load(ptrs)
+    elif D == offs_d.shape[0]:
+        return tl.load(ptrs, mask=tl.expand_dims(rows_ok, rank - 1), other=0.0)
+    elif rows_ok is None:
+        return tl.load(ptrs, mask=columns_ok, other=0.0)
+    else:
+        return tl.load(ptrs, mask=tl.expand_dims(rows_ok, rank - 1) & columns_ok, other=0.0)
 
 
 @triton.jit

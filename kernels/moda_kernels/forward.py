@@ -23,25 +23,31 @@ from moda_kernels.common import (
 
 @triton.jit
 def _attend_sequence(
-    q, m_i, l_i, acc, k_base, v_base, stride_k, stride_v, positions, first, last, S,
-    scale, left, right, softcap, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, m_i, l_i, acc, k_base, v_base, stride_k, stride_v, begin, inner_begin, end, positions, S,
+    scale, left, right, softcap, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the sequence's keys, for rows at positions first..last."""
+    """The online softmax over keys begin..end: EDGE blocks may end past what some rows see, or past S;
+    of the others, those that start before inner_begin hold keys too far left for some rows.
+    """
     offs_d = tl.arange(0, q.shape[1])
     offs_dv = tl.arange(0, acc.shape[1])
     block = tl.arange(0, BLOCK_N)
-    begin, inner_begin, inner_end, end = key_range(first, last, S, left, right, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         offs_n = start + block
+        key_ok = offs_n < S if EDGE else None
         k_rows = k_base + tl.cast(start, tl.int64) * stride_k + block * stride_k
         v_rows = v_base + tl.cast(start, tl.int64) * stride_v + block * stride_v
-        k = load_rows(k_rows[:, None] + offs_d[None, :], offs_n < S, offs_d, D)  # [BLOCK_N, BLOCK_D]
-        v = load_rows(v_rows[:, None] + offs_dv[None, :], offs_n < S, offs_dv, DV)
+        k = load_rows(k_rows[:, None] + offs_d[None, :], key_ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
+        v = load_rows(v_rows[:, None] + offs_dv[None, :], key_ok, offs_dv, DV)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         scores = base2_scores(qk, scale, softcap)
-        if (start < inner_begin) | (start + BLOCK_N > inner_end):
+        if EDGE:
             seen = band_mask(positions[:, None], offs_n[None, :], S, left, right)
             scores = tl.where(seen, scores, float("-inf"))
+        elif left is not None:
+            if start < inner_begin:
+                seen = band_mask(positions[:, None], offs_n[None, :], S, left, None)
+                scores = tl.where(seen, scores, float("-inf"))
         m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_i, l_i, acc
@@ -142,11 +148,21 @@ def _moda_forward_kernel(
             G, D, DV, BLOCK_L, DEPTH_STAGES, ALIGNED,
         )  # fmt: skip
 
+    k_base = k_ptr + b * k_strides[0] + j * k_strides[2]
+    v_base = v_ptr + b * v_strides[0] + j * v_strides[2]
+    positions = offs_t + (S - T)
+    begin, inner_begin, inner_end, end = key_range(
+        first_token + (S - T), last_token + (S - T), S, left, right, BLOCK_N
+    )
+    # The edge goes first and has a block even where it needs none: see "Two loops" in docs/design.md.
+    edge = tl.maximum(tl.minimum(inner_end, end - 1) // BLOCK_N * BLOCK_N, begin)
     m_i, l_i, acc = _attend_sequence(
-        q, m_i, l_i, acc, k_ptr + b * k_strides[0] + j * k_strides[2],
-        v_ptr + b * v_strides[0] + j * v_strides[2], k_strides[1], v_strides[1],
-        offs_t + (S - T), first_token + (S - T), last_token + (S - T), S,
-        scale, left, right, softcap, D, DV, BLOCK_N,
+        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], edge, inner_begin, end, positions, S,
+        scale, left, right, softcap, D, DV, BLOCK_N, True,
+    )  # fmt: skip
+    m_i, l_i, acc = _attend_sequence(
+        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], begin, inner_begin, edge, positions, S,
+        scale, left, right, softcap, D, DV, BLOCK_N, False,
     )  # fmt: skip
 
     if k_depth is not None and not DEPTH_DOT:  # last: before the sequence loop its layouts spill

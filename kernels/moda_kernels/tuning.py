@@ -58,7 +58,7 @@ def forward_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> Tile:
     if dtype is torch.float32:
         return Tile(32 if width <= 128 else 16, 32, 4, 1)
     if width <= 64:
-        # 168 registers let three programs share a multiprocessor; wide groups would spill.
+        # 168 registers let three programs share a multiprocessor; with sums, wide groups would spill.
         return Tile(64, 64, 4, 3, maxnreg=168 if G <= 32 else None)
     return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 2)
 
