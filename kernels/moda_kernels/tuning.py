@@ -58,8 +58,9 @@ def forward_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> Tile:
     if dtype is torch.float32:
         return Tile(32 if width <= 128 else 16, 32, 4, 1)
     if width <= 64:
-        # 168 registers let three programs share a multiprocessor; with sums, wide groups would spill.
-        return Tile(64, 64, 4, 3, maxnreg=168 if G <= 32 else None)
+        # 168 registers let three programs share a multiprocessor, 128 four: what a group needs whose
+        # programs have few tokens, and so little depth in flight. At 64 heads both would spill.
+        return Tile(64, 64, 4, 3, maxnreg={16: 128, 32: 128, 64: None}.get(G, 168))
     return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 2)
 
 
@@ -67,7 +68,7 @@ def forward_depth(q: torch.Tensor, DV: int, G: int, BLOCK_M: int) -> ForwardDept
     """Dots where the group fills them and a block of slots for all tokens fits; else sums."""
     width = block_dim(q.shape[-1]) + block_dim(DV)
     if q.dtype is not torch.float32 and G >= 8 and BLOCK_M % G == 0:
-        stages = 2 if width <= 128 else 1
+        stages = 2 if width <= 128 and G < 16 else 1
         slots = BLOCK_M // G * 16 * width * q.element_size()
         if 2 * stages * slots <= shared_memory(q.device):
             return ForwardDepth(True, 16, stages)
