@@ -113,31 +113,31 @@ def moda_attention(
     if (k_depth is None) != (v_depth is None):
         given, missing = ("k_depth", "v_depth") if v_depth is None else ("v_depth", "k_depth")
         raise ValueError(f"{given} is given but {missing} is None; give both or neither")
-    _check_option("scale", scale)
-    _check_option("softcap", softcap)
-    left, right = _window_sides(window)
+    check_option("scale", scale)
+    check_option("softcap", softcap)
+    left, right = window_sides(window)
     out, lse = torch.ops.moda.attention(
         q,
         k,
         v,
         _slot_list("k_depth", k_depth),
         _slot_list("v_depth", v_depth),
-        causal=_checked_bool("causal", causal),
+        causal=check_bool("causal", causal),
         scale=scale,
         window_left=left,
         window_right=right,
         softcap=softcap,
     )
-    return (out, lse) if _checked_bool("return_lse", return_lse) else out
+    return (out, lse) if check_bool("return_lse", return_lse) else out
 
 
-def _checked_bool(name: str, value: object) -> bool:
+def check_bool(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {value!r}")
     return value
 
 
-def _check_option(name: str, value: object) -> None:
+def check_option(name: str, value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name} must be a number or None, got {value!r}")
 
@@ -169,7 +169,7 @@ def _slot_list(name: str, depth: Depth | None) -> list[Tensor]:
     return list(depth)
 
 
-def _window_sides(window: Window | None) -> tuple[int | None, int | None]:
+def window_sides(window: Window | None) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
     sides = (window, window) if isinstance(window, int) else window

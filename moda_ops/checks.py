@@ -20,26 +20,31 @@ def _shape(tensor: Tensor) -> str:
     return "(" + ", ".join(str(n) for n in tensor.shape) + ")"
 
 
-def _check_like(
+def check_like(
     name: str,
     tensor: Tensor,
     shape: tuple[int, ...],
     dims: str,
     dtype: torch.dtype,
     device: torch.device,
+    whose: str = "q",
 ) -> None:
     if tensor.shape != shape:
         expected = ", ".join(str(n) for n in shape)
         raise ValueError(f"{name} must have shape {dims} = ({expected}), got {_shape(tensor)}")
     if tensor.dtype is not dtype:
-        raise TypeError(f"{name} must have dtype {dtype} to fit q, got {tensor.dtype}")
+        raise TypeError(f"{name} must have dtype {dtype} to fit {whose}, got {tensor.dtype}")
     if tensor.device != device:
-        raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
+        raise ValueError(f"{name} must be on {whose}'s device {device}, got {tensor.device}")
 
 
 def _check_input(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, q: Tensor) -> None:
     """Shape, q's dtype and device, and unit stride in the last axis."""
-    _check_like(name, tensor, shape, dims, q.dtype, q.device)
+    check_like(name, tensor, shape, dims, q.dtype, q.device)
+    _check_last_stride(name, tensor)
+
+
+def _check_last_stride(name: str, tensor: Tensor) -> None:
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension (stride 1), got strides "
@@ -56,6 +61,26 @@ def check_attention(
     options: "Options",
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of ``moda::attention`` fit together."""
+    _check_sequence(q, k, v)
+    B, T, _, D = q.shape
+    H, DV = k.shape[2], v.shape[3]
+    if len(k_depth) != len(v_depth):
+        raise ValueError(
+            "k_depth and v_depth must have the same number of slots, "
+            f"got {len(k_depth)} and {len(v_depth)}"
+        )
+    if len(k_depth) == 1 and k_depth[0].dim() == 5:
+        L = k_depth[0].shape[2]
+        _check_input("k_depth", k_depth[0], (B, T, L, H, D), "(B, T, L, H, D)", q)
+        _check_input("v_depth", v_depth[0], (B, T, L, H, DV), "(B, T, L, H, DV)", q)
+    else:
+        for i, (k_slot, v_slot) in enumerate(zip(k_depth, v_depth, strict=True)):
+            _check_input(f"k_depth[{i}]", k_slot, (B, T, H, D), "(B, T, H, D)", q)
+            _check_input(f"v_depth[{i}]", v_slot, (B, T, H, DV), "(B, T, H, DV)", q)
+    _check_options(options)
+
+
+def _check_sequence(q: Tensor, k: Tensor, v: Tensor) -> None:
     device = q.device.type
     if device not in DTYPES:
         raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
@@ -80,20 +105,8 @@ def check_attention(
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name}'s head dim must be within 1..{MAX_HEAD_DIM}, got {dim}")
 
-    if len(k_depth) != len(v_depth):
-        raise ValueError(
-            "k_depth and v_depth must have the same number of slots, "
-            f"got {len(k_depth)} and {len(v_depth)}"
-        )
-    if len(k_depth) == 1 and k_depth[0].dim() == 5:
-        L = k_depth[0].shape[2]
-        _check_input("k_depth", k_depth[0], (B, T, L, H, D), "(B, T, L, H, D)", q)
-        _check_input("v_depth", v_depth[0], (B, T, L, H, DV), "(B, T, L, H, DV)", q)
-    else:
-        for i, (k_slot, v_slot) in enumerate(zip(k_depth, v_depth, strict=True)):
-            _check_input(f"k_depth[{i}]", k_slot, (B, T, H, D), "(B, T, H, D)", q)
-            _check_input(f"v_depth[{i}]", v_slot, (B, T, H, DV), "(B, T, H, DV)", q)
 
+def _check_options(options: "Options") -> None:
     if options.scale is not None and not math.isfinite(options.scale):
         raise ValueError(f"scale must be finite, got {options.scale}")
     if options.softcap is not None and not 0 < options.softcap < math.inf:
@@ -122,10 +135,92 @@ def check_backward(
         ("lse", lse, (B, HQ, T), "(B, HQ, T)", lse_dtype),
     ):
         if tensor is not None:
-            _check_like(name, tensor, shape, dims, dtype, q.device)
+            check_like(name, tensor, shape, dims, dtype, q.device)
     for name, tensor in (("out", out), ("lse", lse)):
         if not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, as the forward returned it, got strides "
                 f"{tuple(tensor.stride())}"
             )
+
+
+def check_stream(buffer: Tensor, token: Tensor) -> None:
+    """Raise unless the two tensors of a depth stream fit together."""
+    for name, tensor, dims in (
+        ("buffer", buffer, "(slots, B, T, H, D + DV)"),
+        ("token", token, "(written, B, T, H, D + DV)"),
+    ):
+        if tensor.dim() != 5:
+            raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
+    if token.shape[1:] != buffer.shape[1:] or token.shape[0] > buffer.shape[0]:
+        raise ValueError(
+            "token must have shape (written, B, T, H, D + DV), buffer's with written <= slots, got "
+            f"{_shape(token)} for {_shape(buffer)}"
+        )
+    if token.device != buffer.device:
+        raise ValueError(f"token must be on buffer's device {buffer.device}, got {token.device}")
+    if not buffer.is_contiguous():
+        raise ValueError(f"buffer must be contiguous, got strides {tuple(buffer.stride())}")
+
+
+def check_stream_write(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor) -> None:
+    """Raise unless k and v fit the next slot of the stream, and there is one."""
+    check_stream(buffer, token)
+    slots, B, T, H, E = buffer.shape
+    if token.shape[0] == slots:
+        raise ValueError(f"the depth stream is too short: all of its {slots} slots are written")
+    for name, tensor, dims in (("k", k, "(B, T, H, D)"), ("v", v, "(B, T, H, DV)")):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
+        shape = (B, T, H, tensor.shape[-1])
+        check_like(name, tensor, shape, dims, buffer.dtype, buffer.device, "the depth stream")
+    if k.shape[-1] + v.shape[-1] != E:
+        raise ValueError(
+            f"k and v must have D + DV = {E} in all to fit the depth stream, "
+            f"got D = {k.shape[-1]} and DV = {v.shape[-1]}"
+        )
+
+
+def check_stream_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    buffer: Tensor,
+    token: Tensor,
+    options: "Options",
+) -> None:
+    """Raise unless the arguments of ``moda::stream_attention`` fit together."""
+    check_stream(buffer, token)
+    _, B, T, H, E = buffer.shape
+    if (k is None) != (v is None):
+        given, missing = ("k", "v") if v is None else ("v", "k")
+        raise ValueError(f"{given} is given but {missing} is None; give both or neither")
+    if k is None and token.shape[0] == 0:
+        raise ValueError(
+            "the depth stream is empty: write this layer's keys and values first, or give k and v"
+        )
+    if q.dim() != 4:
+        raise ValueError(f"q must have shape (B, T, HQ, D), got {_shape(q)}")
+    if q.shape[-1] >= E:
+        raise ValueError(
+            f"q's head dim must be below the depth stream's D + DV = {E}, got {q.shape[-1]}"
+        )
+    if k is None or v is None:
+        slot = buffer[0] if buffer.shape[0] else buffer.new_empty(buffer.shape[1:])
+        k, v = slot[..., : q.shape[-1]], slot[..., q.shape[-1] :]
+    check_like(
+        "q",
+        q,
+        (B, T, q.shape[2], q.shape[3]),
+        "(B, T, HQ, D)",
+        buffer.dtype,
+        buffer.device,
+        "the depth stream",
+    )
+    _check_sequence(q, k, v)
+    if k.shape[2] != H or v.shape[-1] != E - q.shape[-1]:
+        raise ValueError(
+            f"k and v must have the depth stream's H = {H} heads and D + DV = {E}, got "
+            f"{k.shape[2]} heads, D = {k.shape[-1]} and DV = {v.shape[-1]}"
+        )
+    _check_options(options)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moda_ops.nn import MoDABlock, MoDAConfig, MoDALanguageModel, Slot
+from moda_ops.nn import MoDABlock, MoDAConfig, MoDALanguageModel
 from moda_ops.selfcheck import operator_errors
+from moda_ops.stream import DepthSlots
 
 FILES = ("checkpoint.pt", "loss.png", "sample.txt")
 PROMPT = b"def "
@@ -287,13 +288,13 @@ def last_attention_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """q, k, v, k_depth, v_depth of the model's last attention layer, for tokens (B, T)."""
     x, rotary = model.embedding(tokens), model.rotary(tokens.shape[1])
-    stream: list[Slot] = []
+    stream = DepthSlots()
     *body, last = model.blocks
     for block in body:
         x, stream = block(x, rotary, stream)
     assert isinstance(last, MoDABlock)
     q, k, v = last.attention.project(x, rotary)
-    return q, k, v, [k for k, _ in stream], [v for _, v in stream]
+    return q, k, v, list(stream.k), list(stream.v)
 
 
 def check(model: MoDALanguageModel, tokens: Tensor) -> bool:

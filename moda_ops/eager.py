@@ -6,8 +6,13 @@ reaches in as little as into a kernel. A query at key position p sees the keys o
 [p - left, p + right]; None is unbounded, causal is right = 0.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+KeyGradients = tuple[Any, Any, Any, Any]
+"""For k, v, k_depth and v_depth, each in its form."""
 
 
 def depth_slots(depth: list[Tensor]) -> list[Tensor]:
@@ -106,8 +111,14 @@ def attention_backward(
     left: int | None,
     right: int | None,
     softcap: float | None,
+    grads: KeyGradients | None = None,
+    running: KeyGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """``moda::attention_backward``: the gradients, contiguous, depth in the form it was given."""
+    """``moda::attention_backward``: the gradients, depth in the form it was given.
+
+    Those of keys and values go into ``grads`` where that is given, and else into new contiguous
+    tensors. ``running`` is what later readers have left for them and is added; None is nothing.
+    """
     H, S = k.shape[2], k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
@@ -131,13 +142,18 @@ def attention_backward(
     L = len(k_slots)
     dk_slots = [(ds[..., S + i, None] * rows).sum(2).transpose(1, 2) for i in range(L)]
     dv_slots = [(p[..., S + i, None] * drows).sum(2).transpose(1, 2) for i in range(L)]
-    return (
-        _ungrouped(drows_q, q.dtype),
-        dk.to(q.dtype).contiguous(),
-        dv.to(q.dtype).contiguous(),
-        _in_form_of(k_depth, dk_slots),
-        _in_form_of(v_depth, dv_slots),
+    into_k, into_v, into_k_depth, into_v_depth = grads or (
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        [x.new_empty(x.shape) for x in k_depth],
+        [x.new_empty(x.shape) for x in v_depth],
     )
+    k_running, v_running, k_depth_running, v_depth_running = running or (None, None, None, None)
+    _store([into_k], [dk], None if k_running is None else [k_running])
+    _store([into_v], [dv], None if v_running is None else [v_running])
+    _store(into_k_depth, dk_slots, k_depth_running)
+    _store(into_v_depth, dv_slots, v_depth_running)
+    return _ungrouped(drows_q, q.dtype), into_k, into_v, into_k_depth, into_v_depth
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
@@ -145,11 +161,8 @@ def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
 
 
-def _in_form_of(depth: list[Tensor], slots: list[Tensor]) -> list[Tensor]:
-    """Gradients (B, T, H, D) per slot, as the contiguous tensors that the op's caller expects."""
-    if len(depth) == 1 and depth[0].dim() == 5:
-        packed = torch.empty_like(depth[0], memory_format=torch.contiguous_format)
-        for grad, slot in zip(packed.unbind(2), slots, strict=True):
-            grad.copy_(slot)
-        return [packed]
-    return [slot.to(depth[0].dtype).contiguous() for slot in slots]
+def _store(into: list[Tensor], grads: list[Tensor], running: list[Tensor] | None) -> None:
+    """Write gradients, plus what is running; each list is in one of the two forms of depth."""
+    slots = depth_slots(into)
+    for i, grad in enumerate(grads):
+        slots[i].copy_(grad if running is None else grad + depth_slots(running)[i])

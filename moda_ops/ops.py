@@ -14,19 +14,19 @@ from torch import Tensor
 from moda_ops import eager
 from moda_ops.checks import check_attention, check_backward
 
-_LIBRARY = torch.library.Library("moda", "DEF")  # the registrations live as long as this object
-_OPTIONS = (
+LIBRARY = torch.library.Library("moda", "DEF")  # the registrations live as long as this object
+OPTIONS = (
     "*, bool causal=True, float? scale=None, SymInt? window_left=None, SymInt? window_right=None, "
     "float? softcap=None"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "
-    f"{_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"{OPTIONS}) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.define(
+LIBRARY.define(
     "attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor[] k_depth, Tensor[] v_depth, Tensor out, Tensor lse, {_OPTIONS}) "
+    f"Tensor[] k_depth, Tensor[] v_depth, Tensor out, Tensor lse, {OPTIONS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dk_depth, Tensor[] dv_depth)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -51,7 +51,7 @@ class Options(NamedTuple):
         return scale, self.window_left, 0 if self.causal else self.window_right, self.softcap
 
 
-def _implementation(q: Tensor) -> Any:
+def implementation(q: Tensor) -> Any:
     """The module whose ``attention`` and ``attention_backward`` run for q's device."""
     if q.device.type == "cpu":
         return eager
@@ -60,7 +60,7 @@ def _implementation(q: Tensor) -> Any:
     return moda_kernels
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
+def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
@@ -69,7 +69,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     opts = Options(**options)
     check_attention(q, k, v, k_depth, v_depth, opts)
-    return _implementation(q).attention(q, k, v, k_depth, v_depth, *opts.resolved(q.shape[-1]))
+    return implementation(q).attention(q, k, v, k_depth, v_depth, *opts.resolved(q.shape[-1]))
 
 
 def _attention_fake(
@@ -77,7 +77,7 @@ def _attention_fake(
 ) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, k_depth, v_depth, Options(**options))
     B, T, HQ, _ = q.shape
-    return q.new_empty(B, T, HQ, v.shape[-1]), q.new_empty(B, HQ, T, dtype=_lse_dtype(q))
+    return q.new_empty(B, T, HQ, v.shape[-1]), q.new_empty(B, HQ, T, dtype=lse_dtype(q))
 
 
 def _attention_backward(
@@ -94,9 +94,9 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     opts = Options(**options)
     check_attention(q, k, v, k_depth, v_depth, opts)
-    check_backward(dout, dlse, out, lse, q, v, _lse_dtype(q))
+    check_backward(dout, dlse, out, lse, q, v, lse_dtype(q))
     dout = torch.zeros_like(out) if dout is None else dout
-    return _implementation(q).attention_backward(
+    return implementation(q).attention_backward(
         dout, dlse, q, k, v, k_depth, v_depth, out, lse, *opts.resolved(q.shape[-1])
     )
 
@@ -114,7 +114,7 @@ def _attention_backward_fake(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     check_attention(q, k, v, k_depth, v_depth, Options(**options))
-    check_backward(dout, dlse, out, lse, q, v, _lse_dtype(q))
+    check_backward(dout, dlse, out, lse, q, v, lse_dtype(q))
 
     def contiguous(tensors: list[Tensor]) -> list[Tensor]:
         return [x.new_empty(x.shape) for x in tensors]
@@ -152,9 +152,9 @@ for _name, _kernel, _fake in (
     ("attention_backward", _attention_backward, _attention_backward_fake),
 ):
     for _device in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _kernel, _device)
-    torch.library.register_fake(f"moda::{_name}", _fake, lib=_LIBRARY)
+        LIBRARY.impl(_name, _kernel, _device)
+    torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
 torch.library.register_autograd(
-    "moda::attention", _backward, setup_context=_setup_context, lib=_LIBRARY
+    "moda::attention", _backward, setup_context=_setup_context, lib=LIBRARY
 )
-torch.library.register_autograd("moda::attention_backward", _no_double_backward, lib=_LIBRARY)
+torch.library.register_autograd("moda::attention_backward", _no_double_backward, lib=LIBRARY)

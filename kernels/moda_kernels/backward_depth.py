@@ -3,10 +3,11 @@
     p = exp(d - lse),  ds = p (dout . v_l - delta)
     dv_l = sum_g p dout_g,   dk_l = scale sum_g ds q_g,   dq_g += scale sum_l ds k_l
 
-Slot l of token t is read by the G query heads of that token alone, so one program owns a tile of
-tokens of one key/value head, walks over the slots, and adds the heads up itself: no atomics. All
-products are matrix products batched over the tile's tokens, transposed ([slot, head]) so that the
-sums over heads need no further transposition. Depth's share of dq is float32 and unscaled.
+dk and dv plus what later readers of the slot have left, if they have. Slot l of token t is read by the
+G query heads of that token alone, so one program owns a tile of tokens of one key/value head, walks
+over the slots, and adds the heads up itself: no atomics. All products are matrix products batched over
+the tile's tokens, transposed ([slot, head]) so that the sums over heads need no further transposition.
+Depth's share of dq is float32 and unscaled.
 """
 
 import triton
@@ -32,8 +33,22 @@ def _load_heads(
 
 
 @triton.jit
+def _store_gradient(
+    depth, running, grad, b, j, offs_t, offs_l, l_ok, ok, offs_d, D: tl.constexpr, dtype: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient [BLOCK_T, BLOCK_L, BLOCK_D] of a block of slots, plus what is running."""
+    if running is not None:
+        rows = slot_rows(running, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
+        grad += load_rows(rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
+    rows = slot_rows(depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
+    mask = ok[:, :, None] & (offs_d < D)[None, None, :]
+    tl.store(rows[:, :, None] + offs_d[None, None, :], grad.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _moda_backward_depth_kernel(
-    q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, k_depth, v_depth, dk_depth, dv_depth,
+    q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, k_depth, v_depth, dk_depth, dv_depth, k_running, v_running,
     q_strides, dout_strides, scale, softcap, B, T, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGNED: tl.constexpr,
@@ -96,12 +111,8 @@ def _moda_backward_depth_kernel(
                     share += load_rows(dq_ptrs, dq_ok, offs_d, D)
                 tl.store(dq_ptrs, share, mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])
                 tl.debug_barrier()  # other threads may read these rows for the next slot block
-        dk_rows = slot_rows(dk_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
-        dv_rows = slot_rows(dv_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
-        dk_ok = ok[:, :, None] & (offs_d < D)[None, None, :]
-        dv_ok = ok[:, :, None] & (offs_dv < DV)[None, None, :]
-        tl.store(dk_rows[:, :, None] + offs_d[None, None, :], (dk * scale).to(dtype), mask=dk_ok)
-        tl.store(dv_rows[:, :, None] + offs_dv[None, None, :], dv.to(dtype), mask=dv_ok)
+        _store_gradient(dk_depth, k_running, dk * scale, b, j, offs_t, offs_l, l_ok, ok, offs_d, D, dtype, ALIGNED)
+        _store_gradient(dv_depth, v_running, dv, b, j, offs_t, offs_l, l_ok, ok, offs_dv, DV, dtype, ALIGNED)
     if ONE_PASS:
         dq_ptrs = (dq_base + offs_g[None, :] * D)[:, :, None] + offs_d[None, None, :]
         dq_ok = (offs_t < T)[:, None] & (offs_g < G)[None, :]

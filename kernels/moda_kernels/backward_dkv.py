@@ -2,7 +2,8 @@
 
     dv_n = sum p dout,   dk_n = scale sum ds q,   over the (token, group) rows that see key n
 
-A program owns BLOCK_N keys of one key/value head and walks over those rows, BLOCK_M at a time.
+plus what later readers of these keys have left, if they have. A program owns BLOCK_N keys of one
+key/value head and walks over those rows, BLOCK_M at a time.
 """
 
 import triton
@@ -12,9 +13,21 @@ from moda_kernels.common import LOG2E, band_mask, base2_scores, load_rows, softc
 
 
 @triton.jit
+def _store_gradient(grad_ptr, strides, running_ptr, running_strides, grad, b, n, j, n_ok, offs_d, D: tl.constexpr):
+    """Write the gradient [BLOCK_N, BLOCK_D] of keys n, plus what is running."""
+    if running_ptr is not None:
+        rows = running_ptr + b * running_strides[0] + n * running_strides[1] + j * running_strides[2]
+        grad += load_rows(rows[:, None] + offs_d[None, :], n_ok, offs_d, D)
+    rows = grad_ptr + b * strides[0] + n * strides[1] + j * strides[2]
+    mask = n_ok[:, None] & (offs_d < D)[None, :]
+    tl.store(rows[:, None] + offs_d[None, :], grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _moda_backward_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    q_strides, k_strides, v_strides, dout_strides, scale, left, right, softcap, B, T, S, H,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, k_running_ptr, v_running_ptr,
+    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, k_running_strides, v_running_strides,
+    scale, left, right, softcap, B, T, S, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -75,8 +88,5 @@ def _moda_backward_dkv_kernel(
             ds *= softcap_slope(scores, softcap)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
-    dk_ptrs = dk_ptr + ((b * S + n) * H + j)[:, None] * D + offs_d[None, :]
-    dv_ptrs = dv_ptr + ((b * S + n) * H + j)[:, None] * DV + offs_dv[None, :]
-    dk = (dk * scale).to(dk_ptr.dtype.element_ty)
-    tl.store(dk_ptrs, dk, mask=n_ok[:, None] & (offs_d < D)[None, :])
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=n_ok[:, None] & (offs_dv < DV)[None, :])
+    _store_gradient(dk_ptr, dk_strides, k_running_ptr, k_running_strides, dk * scale, b, n, j, n_ok, offs_d, D)
+    _store_gradient(dv_ptr, dv_strides, v_running_ptr, v_running_strides, dv, b, n, j, n_ok, offs_dv, DV)

@@ -1,5 +1,7 @@
 """The two operators as launches: allocate results, look block sizes up, run the passes in order."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -11,6 +13,9 @@ from moda_kernels.backward_dkv import _moda_backward_dkv_kernel
 from moda_kernels.backward_dq import _moda_backward_dq_kernel
 from moda_kernels.forward import _moda_forward_kernel
 from moda_kernels.slots import depth_arguments
+
+KeyGradients = tuple[Any, Any, Any, Any]
+"""For k, v, k_depth and v_depth, each in its form."""
 
 
 def _slot_count(depth: list[Tensor]) -> int:
@@ -69,15 +74,26 @@ def attention_backward(
     left: int | None,
     right: int | None,
     softcap: float | None,
+    grads: KeyGradients | None = None,
+    running: KeyGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Gradients of q, k, v, k_depth and v_depth: contiguous, in the dtypes and forms of these."""
+    """Gradients of q, k, v, k_depth and v_depth, in the forms of these.
+
+    Those of keys and values go into ``grads`` where that is given, and else into new contiguous tensors.
+    ``running`` is what later readers have left for them and is added; None stands for nothing.
+    """
     B, T, HQ, D = q.shape
     S, H, DV = k.shape[1], k.shape[2], v.shape[3]
     G, L = HQ // H, _slot_count(k_depth)
     left, right = _reach(left, T, S), _reach(right, T, S)
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    dk_depth = [x.new_empty(x.shape) for x in k_depth]
-    dv_depth = [x.new_empty(x.shape) for x in v_depth]
+    dq = q.new_empty(q.shape)
+    dk, dv, dk_depth, dv_depth = grads or (
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        [x.new_empty(x.shape) for x in k_depth],
+        [x.new_empty(x.shape) for x in v_depth],
+    )
+    k_running, v_running, *depth_running = running or (None, None)
     if lse.numel() == 0:
         return dq, dk.zero_(), dv.zero_(), dk_depth, dv_depth
     if dout.stride(-1) != 1:  # autograd hands down expanded gradients
@@ -92,11 +108,12 @@ def attention_backward(
             DV=DV, BLOCK_M=64, BLOCK_DV=tuning.block_dim(DV),
         )  # fmt: skip
         if L:
-            depth, aligned = depth_arguments(k_depth, v_depth, dk_depth, dv_depth)
+            depth, aligned = depth_arguments(k_depth, v_depth, dk_depth, dv_depth, *depth_running)
+            depth += [None] * (6 - len(depth))
             depth_tile = tuning.backward_depth_tile(G, D, DV)
             _moda_backward_depth_kernel[(triton.cdiv(T, depth_tile.BLOCK_T) * B * H,)](
-                q, dout, lse, delta, dq_depth, *depth, q_strides, dout_strides, scale, softcap, B, T, L, H,
-                G=G, ALIGNED=aligned, **dims, **depth_tile._asdict(),
+                q, dout, lse, delta, dq_depth, *depth, q_strides, dout_strides, scale, softcap,
+                B, T, L, H, G=G, ALIGNED=aligned, **dims, **depth_tile._asdict(),
             )  # fmt: skip
         tile = tuning.backward_dq_tile(q.dtype, D, DV)
         _moda_backward_dq_kernel[(triton.cdiv(T * G, tile.BLOCK_M) * B * H,)](
@@ -105,7 +122,9 @@ def attention_backward(
         )  # fmt: skip
         tile = tuning.backward_dkv_tile(q.dtype, D, DV)
         _moda_backward_dkv_kernel[(triton.cdiv(S, tile.BLOCK_N) * B * H,)](
-            q, k, v, dout, lse, delta, dk, dv, q_strides, k_strides, v_strides, dout_strides,
+            q, k, v, dout, lse, delta, dk, dv, k_running, v_running, q_strides, k_strides, v_strides,
+            dout_strides, dk.stride()[:3], dv.stride()[:3],
+            *(None if x is None else x.stride()[:3] for x in (k_running, v_running)),
             scale, left, right, softcap, B, T, S, H, G=G, **dims, **tile._asdict(),
         )  # fmt: skip
     return dq, dk, dv, dk_depth, dv_depth

@@ -28,10 +28,10 @@ def _encode(word: int) -> int:
     return (1 << 62) + 2 * word + 1
 
 
-def depth_arguments(*depths: list[Tensor]) -> tuple[list[tuple[Any, ...]], bool]:
+def depth_arguments(*depths: list[Tensor]) -> tuple[list[Any], bool]:
     """For each depth (L slots, or a list of one packed tensor) what ``slot_rows`` takes; and ALIGNED.
 
-    All depths have the same number L >= 1 of slots, on one device, in one dtype.
+    All depths have the same number L >= 1 of slots, on one device; as slots, also one dtype.
     """
     first = depths[0][0]
     if first.dim() == 5:

@@ -6,9 +6,9 @@ own token: query and depth key share a position, the rotations cancel, and the s
 depth key.
 
 :class:`MoDAConfig` chooses who writes the stream, ``depth``, and where the norms stand, ``norm``;
-:class:`MoDALanguageModel` is the model. The stream is a plain list of slots that the blocks pass on
-and never stack. Shapes: B batch, T tokens, C width, HQ query heads, H key/value heads, D head
-dimension.
+:class:`MoDALanguageModel` is the model. The stream is a value that the blocks pass on: a
+:class:`moda_ops.DepthStream`, or, for the functional path, :class:`moda_ops.DepthSlots`. Shapes:
+B batch, T tokens, C width, HQ query heads, H key/value heads, D head dimension.
 """
 
 from moda_ops.nn.config import Depth, MoDAConfig, Norm
@@ -19,7 +19,7 @@ from moda_ops.nn.layers import (
     MoDAAttention,
     RMSNorm,
     Rotary,
-    Slot,
+    Stream,
     rotary_angles,
     rotate,
 )
@@ -38,7 +38,7 @@ __all__ = [
     "Norm",
     "RMSNorm",
     "Rotary",
-    "Slot",
+    "Stream",
     "rotary_angles",
     "rotate",
 ]

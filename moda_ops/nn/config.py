@@ -115,3 +115,17 @@ class MoDAConfig:
             return list(range(2, 2 * self.layers + 2))
         slots = {"residual": 0, "kv": 1}.get(self.depth, 2)
         return [slots * layer for layer in range(self.layers)]
+
+    def depth_slots(self) -> int:
+        """Slots that the layers write in all.
+
+        Example:
+            >>> MoDAConfig(
+            ...     vocab_size=256, layers=3, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+            ... ).depth_slots()  # two per block, but none in the last
+            4
+        """
+        if self.depth == "attention":
+            return 2 * self.layers + 1
+        slots = {"residual": 0, "kv": 1}.get(self.depth, 2)
+        return slots * (self.layers if self.write_last else self.layers - 1)

@@ -1,14 +1,16 @@
 """The layers of a block: rotary embedding, norm, attention, feed-forward, and their writes."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moda_ops.attention import moda_attention
 from moda_ops.nn.config import MoDAConfig
+from moda_ops.stream import DepthSlots, DepthStream
 
-Slot = tuple[Tensor, Tensor]
-"""Key and value that one layer wrote, each (B, T, H, D)."""
+Stream = TypeVar("Stream", DepthSlots, DepthStream)
+"""Either form of the depth stream."""
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of every position's angles, each (T, 1, D / 2), float32."""
@@ -96,10 +98,10 @@ class MoDAAttention(nn.Module):
         ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... )
         >>> layer, rotary = MoDAAttention(config), rotary_angles(torch.arange(5), 8, 1e4)
-        >>> y, slot = layer(torch.randn(1, 5, 32), rotary, stream=[])
-        >>> y, slot = layer(y, rotary, stream=[slot])
-        >>> y.shape, slot[0].shape
-        (torch.Size([1, 5, 32]), torch.Size([1, 5, 2, 8]))
+        >>> y, stream = layer(torch.randn(1, 5, 32), rotary, DepthSlots())
+        >>> y, stream = layer(y, rotary, stream)
+        >>> y.shape, stream.written
+        (torch.Size([1, 5, 32]), 2)
     """
 
     def __init__(self, config: MoDAConfig) -> None:
@@ -119,11 +121,19 @@ class MoDAAttention(nn.Module):
         k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), rotary)
         return q, k, self.v_proj(x).unflatten(-1, heads)
 
-    def forward(self, x: Tensor, rotary: Rotary, stream: list[Slot]) -> tuple[Tensor, Slot]:
-        """Output (B, T, C) for x (B, T, C), and the layer's own key and value."""
+    def forward(
+        self, x: Tensor, rotary: Rotary, stream: Stream, *, write: bool = True
+    ) -> tuple[Tensor, Stream]:
+        """Output (B, T, C) for x (B, T, C), and the stream.
+
+        With ``write`` the layer's own key and value are its next slot.
+        """
         q, k, v = self.project(x, rotary)
-        out = moda_attention(q, k, v, [k for k, _ in stream], [v for _, v in stream], causal=True)
-        return self.out_proj(out.flatten(2)), (k, v)
+        if write:
+            out, stream = stream.write(k, v).attend(q)
+        else:
+            out, stream = stream.attend(q, k, v)
+        return self.out_proj(out.flatten(2)), stream
 
 
 class FeedForward(nn.Module):
@@ -173,7 +183,7 @@ class DepthProjection(nn.Module):
         self.v_proj = nn.Linear(config.width, config.kv_width, bias=config.bias)
         self.k_norm = RMSNorm(config.head_dim, gain=False) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Slot:
+    def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Rotated key and value, each (B, T, H, D), of x (B, T, C)."""
         heads = (-1, self.head_dim)
         k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), rotary)
@@ -192,9 +202,9 @@ class DepthAttention(nn.Module):
         ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... )
         >>> rotary = rotary_angles(torch.arange(5), 8, 1e4)
-        >>> slot = DepthProjection(config)(torch.randn(1, 5, 32), rotary)
-        >>> x, stream = DepthAttention(config)(torch.randn(1, 5, 32), rotary, [slot])
-        >>> x.shape, len(stream)
+        >>> stream = DepthSlots().write(*DepthProjection(config)(torch.randn(1, 5, 32), rotary))
+        >>> x, stream = DepthAttention(config)(torch.randn(1, 5, 32), rotary, stream)
+        >>> x.shape, stream.written
         (torch.Size([1, 5, 32]), 2)
     """
 
@@ -205,11 +215,9 @@ class DepthAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.write = DepthProjection(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, stream: list[Slot]) -> tuple[Tensor, list[Slot]]:
+    def forward(self, x: Tensor, rotary: Rotary, stream: Stream) -> tuple[Tensor, Stream]:
         """The next layer's input (B, T, C), for a layer's output x (B, T, C), and the stream."""
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rotary)
         k, v = self.write(x, rotary)
-        stream = [*stream, (k, v)]
-        k_depth, v_depth = [k for k, _ in stream], [v for _, v in stream]
-        out = moda_attention(q, k[:, :0], v[:, :0], k_depth, v_depth, causal=False)
+        out, stream = stream.write(k, v).attend(q, k[:, :0], v[:, :0], causal=False)
         return out.flatten(2), stream

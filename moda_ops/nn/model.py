@@ -12,9 +12,10 @@ from moda_ops.nn.layers import (
     MoDAAttention,
     RMSNorm,
     Rotary,
-    Slot,
+    Stream,
     rotary_angles,
 )
+from moda_ops.stream import DepthSlots, DepthStream
 
 
 class MoDABlock(nn.Module):
@@ -32,16 +33,17 @@ class MoDABlock(nn.Module):
         ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... )
         >>> block, rotary = MoDABlock(config, last=False), rotary_angles(torch.arange(5), 8, 1e4)
-        >>> x, stream = block(torch.randn(1, 5, 32), rotary, [])
-        >>> x.shape, len(stream)
+        >>> x, stream = block(torch.randn(1, 5, 32), rotary, DepthSlots())
+        >>> x.shape, stream.written
         (torch.Size([1, 5, 32]), 2)
     """
 
     def __init__(self, config: MoDAConfig, *, last: bool) -> None:
         super().__init__()
         self.pre_norm = config.norm == "pre"
-        self.writes = config.depth != "residual" and (config.write_last or not last)
-        projects = config.depth.split("+") if self.writes else []
+        writes = config.depth != "residual" and (config.write_last or not last)
+        projects = config.depth.split("+") if writes else []
+        self.writes_keys = writes and "attn" not in projects
         self.attention = MoDAAttention(config)
         self.attention_norm = RMSNorm(config.width)
         self.attention_write = DepthProjection(config) if "attn" in projects else None
@@ -49,19 +51,17 @@ class MoDABlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward_write = DepthProjection(config) if "ffn" in projects else None
 
-    def forward(self, x: Tensor, rotary: Rotary, stream: list[Slot]) -> tuple[Tensor, list[Slot]]:
+    def forward(self, x: Tensor, rotary: Rotary, stream: Stream) -> tuple[Tensor, Stream]:
         """Output (B, T, C) for x (B, T, C), and the stream with this block's slots appended."""
         h = self.attention_norm(x) if self.pre_norm else x
-        y, slot = self.attention(h, rotary, stream)
+        y, stream = self.attention(h, rotary, stream, write=self.writes_keys)
         x = x + y if self.pre_norm else self.attention_norm(x + y)
         if self.attention_write is not None:
-            slot = self.attention_write(h, rotary)
-        if self.writes:
-            stream = [*stream, slot]
+            stream = stream.write(*self.attention_write(h, rotary))
 
         h = self.feed_forward_norm(x) if self.pre_norm else x
         if self.feed_forward_write is not None:
-            stream = [*stream, self.feed_forward_write(h, rotary)]
+            stream = stream.write(*self.feed_forward_write(h, rotary))
         y = self.feed_forward(h)
         return x + y if self.pre_norm else self.feed_forward_norm(x + y), stream
 
@@ -81,8 +81,8 @@ class DepthAttentionBlock(nn.Module):
         ...     depth="attention",
         ... )
         >>> block, rotary = DepthAttentionBlock(config), rotary_angles(torch.arange(5), 8, 1e4)
-        >>> x, stream = block(torch.randn(1, 5, 32), rotary, [])
-        >>> x.shape, len(stream)
+        >>> x, stream = block(torch.randn(1, 5, 32), rotary, DepthSlots())
+        >>> x.shape, stream.written
         (torch.Size([1, 5, 32]), 2)
     """
 
@@ -96,9 +96,10 @@ class DepthAttentionBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward_depth = DepthAttention(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, stream: list[Slot]) -> tuple[Tensor, list[Slot]]:
+    def forward(self, x: Tensor, rotary: Rotary, stream: Stream) -> tuple[Tensor, Stream]:
         """The next block's input (B, T, C) for x (B, T, C), and the stream with two more slots."""
-        y, _ = self.attention(self.attention_norm(x) if self.pre_norm else x, rotary, [])
+        h = self.attention_norm(x) if self.pre_norm else x
+        y, _ = self.attention(h, rotary, DepthSlots(), write=False)
         y = y if self.pre_norm else self.attention_norm(y)
         x, stream = self.attention_depth(y, rotary, stream)
 
@@ -212,13 +213,33 @@ class MoDALanguageModel(nn.Module):
         positions = torch.arange(tokens, device=self.embedding.weight.device)
         return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, vocab_size) of the token after each of tokens (B, T)."""
+    def stream(self, batch: int, tokens: int) -> DepthSlots | DepthStream:
+        """The empty stream of a forward pass, as large as the blocks will fill it."""
+        slots = self.config.depth_slots()
+        if slots == 0:
+            return DepthSlots()
+        c, weight = self.config, self.embedding.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = None if autocast else weight.dtype
+        return DepthStream.allocate(
+            slots, batch, tokens, c.kv_heads, c.head_dim, dtype=dtype, device=weight.device
+        )
+
+    def forward(self, tokens: Tensor, stream: DepthSlots | DepthStream | None = None) -> Tensor:
+        """Logits (B, T, vocab_size) of the token after each of tokens (B, T).
+
+        Args:
+            tokens: (B, T), integer.
+            stream: an empty stream; default a :class:`DepthStream` of the right size. Give
+                ``DepthSlots()`` for the functional path.
+        """
+        if stream is None:
+            stream = self.stream(*tokens.shape)
         x, rotary = self.embedding(tokens), self.rotary(tokens.shape[1])
-        stream: list[Slot] = []
         if self.embedding_norm is not None and self.embedding_write is not None:
             k, v = self.embedding_write(self.embedding_norm(x), rotary)
-            x, stream = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2), [(k, v)]
+            x = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2)
+            stream = stream.write(k, v)
         for block in self.blocks:
             x, stream = block(x, rotary, stream)
         return F.linear(self.norm(x), self.embedding.weight)

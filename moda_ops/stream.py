@@ -1,0 +1,233 @@
+"""The depth stream of a forward pass: all layers' keys and values, in one buffer or as a list."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moda_ops.attention import Window, check_bool, check_option, moda_attention, window_sides
+
+
+class DepthStream(NamedTuple):
+    """The keys and values that the layers of a model have written so far, in one buffer.
+
+    A value like any other: ``write`` and ``attend`` return the stream for the next layer, and the
+    one they were called on remains what it was. It is a tuple of two tensors, so that it passes
+    through ``torch.compile``, ``torch.utils.checkpoint`` and module boundaries.
+
+    Beside a list of slots (:func:`moda_attention`) it needs fewer tensors and no addition of
+    gradients outside the kernels: in backward each layer reads the running gradient of the slots,
+    adds its own, and hands it on. Memory saved for backward is the buffer, once, and what each
+    layer needs for itself. Compiled per block, all blocks after the first share their graph.
+
+    Begin a new stream for every forward pass, and continue each value once: the slot after the last
+    is written in place.
+
+    Attributes:
+        buffer: (slots, B, T, H, D + DV), keys and values side by side. Slots that are not written
+            hold anything.
+        token: (written, B, T, H, D + DV) in the dtype of gradients; one element of storage. It
+            stands for the written slots in autograd.
+
+    Example:
+        >>> B, T, HQ, H, D = 2, 16, 4, 2, 32
+        >>> stream = DepthStream.allocate(slots=3, batch=B, tokens=T, kv_heads=H, head_dim=D)
+        >>> x = torch.randn(B, T, HQ, D, requires_grad=True)
+        >>> for layer in range(3):
+        ...     k, v = x[:, :, :H].sin(), x[:, :, :H].cos()
+        ...     stream = stream.write(k, v)
+        ...     x, stream = stream.attend(x)  # to k and v, and to the slots of the layers before
+        >>> x.shape, stream.written
+        (torch.Size([2, 16, 4, 32]), 3)
+    """
+
+    buffer: Tensor
+    token: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        slots: int,
+        batch: int,
+        tokens: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        grad_dtype: torch.dtype | None = None,
+    ) -> "DepthStream":
+        """An empty stream.
+
+        Args:
+            slots: how many slots can be written.
+            batch: B.
+            tokens: T.
+            kv_heads: H.
+            head_dim: D, of keys.
+            value_dim: DV, of values; default D.
+            dtype: of keys and values; default: autocast's if it is enabled for the device, else
+                PyTorch's default dtype.
+            device: default: PyTorch's default device.
+            grad_dtype: of the running gradient; default ``dtype``. ``torch.float32`` beside a
+                16-bit ``dtype`` rounds once in all and not once per reading layer, and doubles the
+                traffic of gradients.
+
+        Raises:
+            TypeError: a dtype that is no floating-point dtype.
+            ValueError: a size below 0 (``slots``, ``batch``, ``tokens``) or below 1.
+        """
+        value_dim = head_dim if value_dim is None else value_dim
+        for name, size, least in (
+            ("slots", slots, 0),
+            ("batch", batch, 0),
+            ("tokens", tokens, 0),
+            ("kv_heads", kv_heads, 1),
+            ("head_dim", head_dim, 1),
+            ("value_dim", value_dim, 1),
+        ):
+            if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+                raise TypeError(f"{name} must be an int, got {size!r}")
+            if size < least:
+                raise ValueError(f"{name} must be at least {least}, got {size}")
+        device = torch.empty(0, device=device).device  # None is PyTorch's default device
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else torch.get_default_dtype()
+        grad_dtype = dtype if grad_dtype is None else grad_dtype
+        for name, given in (("dtype", dtype), ("grad_dtype", grad_dtype)):
+            if not isinstance(given, torch.dtype) or not given.is_floating_point:
+                raise TypeError(f"{name} must be a floating-point dtype, got {given!r}")
+        shape = (batch, tokens, kv_heads, head_dim + value_dim)
+        # An empty of its own, because a compiler may merge equal calls but never two empties.
+        unique = torch.empty(0, dtype=dtype, device=device)
+        buffer = torch.ops.moda.stream_buffer(unique, (slots, *shape))
+        return cls(buffer, torch.empty((0, *shape), dtype=grad_dtype, device=device))
+
+    @property
+    def slots(self) -> int:
+        """How many slots can be written in all."""
+        return self.buffer.shape[0]
+
+    @property
+    def written(self) -> int:
+        """How many slots are written."""
+        return self.token.shape[0]
+
+    def write(self, k: Tensor, v: Tensor) -> "DepthStream":
+        """The stream with one more slot.
+
+        Args:
+            k: (B, T, H, D) in the stream's dtype, any strides.
+            v: (B, T, H, DV).
+
+        Raises:
+            TypeError, ValueError: k or v do not fit the stream, or it is full; the text names it.
+            RuntimeError: this stream has been continued before.
+        """
+        return self._replace(token=torch.ops.moda.stream_write(k, v, self.buffer, self.token))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        window: Window | None = None,
+        softcap: float | None = None,
+    ) -> "tuple[Tensor, DepthStream]":
+        """What :func:`moda_attention` computes, with depth read from the stream.
+
+        Args:
+            q: (B, T, HQ, D) in the stream's dtype.
+            k: sequence keys (B, S, H, D). If k and v are None, the newest slot is the sequence, and
+                depth are the slots before it.
+            v: sequence values (B, S, H, DV).
+            causal, scale, window, softcap: as in :func:`moda_attention`.
+
+        Returns:
+            ``out`` (B, T, HQ, DV) and the stream to pass on: through it the gradients of later
+            readers come back in one piece.
+
+        Raises:
+            TypeError, ValueError: as :func:`moda_attention`; also if k is None and nothing is
+                written.
+        """
+        check_option("scale", scale)
+        check_option("softcap", softcap)
+        left, right = window_sides(window)
+        out, _, token = torch.ops.moda.stream_attention(
+            q,
+            k,
+            v,
+            self.buffer,
+            self.token,
+            causal=check_bool("causal", causal),
+            scale=scale,
+            window_left=left,
+            window_right=right,
+            softcap=softcap,
+        )
+        return out, self._replace(token=token)
+
+
+class DepthSlots(NamedTuple):
+    """The same stream as a list: every slot is the tensor that its layer made, nothing is copied.
+
+    The functional path: :func:`moda_attention` with its list of slots behind the interface of
+    :class:`DepthStream`. Any number of slots, no preallocation, and no rule to keep. But the
+    gradients of a slot's readers are added up outside the kernels, L (L - 1) additions for L
+    layers, and a compiled block is compiled anew for every number of slots.
+
+    Attributes:
+        k: keys (B, T, H, D) of each slot.
+        v: values (B, T, H, DV) of each slot.
+
+    Example:
+        >>> stream, x = DepthSlots(), torch.randn(2, 16, 4, 32, requires_grad=True)
+        >>> for layer in range(3):
+        ...     stream = stream.write(x[:, :, :2].sin(), x[:, :, :2].cos())
+        ...     x, stream = stream.attend(x)
+        >>> x.shape, stream.written
+        (torch.Size([2, 16, 4, 32]), 3)
+    """
+
+    k: tuple[Tensor, ...] = ()
+    v: tuple[Tensor, ...] = ()
+
+    @property
+    def written(self) -> int:
+        """How many slots are written."""
+        return len(self.k)
+
+    def write(self, k: Tensor, v: Tensor) -> "DepthSlots":
+        """The stream with one more slot: k (B, T, H, D) and v (B, T, H, DV)."""
+        return DepthSlots((*self.k, k), (*self.v, v))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        window: Window | None = None,
+        softcap: float | None = None,
+    ) -> "tuple[Tensor, DepthSlots]":
+        """``out`` (B, T, HQ, DV) and the stream to pass on; see :meth:`DepthStream.attend`."""
+        k_depth, v_depth = list(self.k), list(self.v)
+        if k is None or v is None:
+            if not self.k:
+                raise ValueError(
+                    "the depth stream is empty: write this layer's keys and values first, or give "
+                    "k and v"
+                )
+            k, v = k_depth.pop(), v_depth.pop()
+        out = moda_attention(
+            q, k, v, k_depth, v_depth, causal=causal, scale=scale, window=window, softcap=softcap
+        )
+        return out, self

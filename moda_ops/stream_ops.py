@@ -1,0 +1,295 @@
+"""torch.ops.moda.stream_*: attention over a depth stream in one buffer, one running gradient.
+
+A stream is two tensors:
+
+* ``buffer`` (slots, B, T, H, D + DV): slot l holds layer l's keys and values side by side;
+* ``token`` (n, B, T, H, D + DV): stands for the n slots written so far. It has one element of
+  storage, its values mean nothing, and it exists for its gradient: the running gradient of those
+  slots, which each reader in backward takes, adds its own to, and hands on.
+
+``stream_write`` fills the next slot of the buffer *in place* although its schema says otherwise:
+declared as a mutation, every layer's buffer would be a value of its own that backward has to save.
+What makes this sound: a slot is written once, before any reader of it, which descends from the
+write's token; nobody reads a slot that his token does not cover; and writing again the same values,
+as activation checkpointing does, changes nothing. ``_claim`` refuses other second writes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from moda_ops import ops
+from moda_ops.checks import check_backward, check_like, check_stream_attention, check_stream_write
+from moda_ops.ops import LIBRARY, OPTIONS, Options
+
+LIBRARY.define(
+    "stream_buffer(Tensor unique, SymInt[] shape) -> Tensor buffer",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "stream_write(Tensor k, Tensor v, Tensor buffer, Tensor token) -> Tensor token",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "stream_attention(Tensor q, Tensor? k, Tensor? v, Tensor buffer, Tensor token, "
+    f"{OPTIONS}) -> (Tensor out, Tensor lse, Tensor token)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "stream_attention_backward(Tensor? dout, Tensor? dlse, Tensor? dtoken, Tensor q, Tensor? k, "
+    "Tensor? v, Tensor buffer, Tensor out, Tensor lse, SymInt slots, ScalarType grad_dtype, "
+    f"{OPTIONS}) -> (Tensor dq, Tensor[] dk_dv, Tensor dtoken)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+_written: dict[int, tuple[StorageWeakRef, int]] = {}
+"""Slots written so far of each living buffer, by its address."""
+
+
+def _buffer(unique: Tensor, shape: Sequence[int]) -> Tensor:
+    buffer = unique.new_empty(shape)
+    for address in [a for a, (storage, _) in _written.items() if storage.expired()]:
+        del _written[address]
+    _written[buffer.data_ptr()] = StorageWeakRef(buffer.untyped_storage()), 0
+    return buffer
+
+
+def _buffer_fake(unique: Tensor, shape: Sequence[int]) -> Tensor:
+    return unique.new_empty(shape)
+
+
+def _claim(buffer: Tensor, slot: int) -> None:
+    """Raise RuntimeError unless this slot may be written: once, or again in a recomputation."""
+    storage, written = _written.get(buffer.data_ptr(), (None, slot))
+    if storage is None or storage.expired():
+        if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "stream_write got a buffer that is not a stream's own memory while a CUDA graph is "
+                "captured: the graph would write into a copy of it. Begin the DepthStream inside "
+                "the captured function."
+            )
+        return
+    recomputing = torch._C._current_graph_task_id() != -1  # checkpointing, within backward
+    if slot < written and not recomputing:
+        raise RuntimeError(
+            f"slot {slot} of the depth stream is written twice ({written} are written): a stream "
+            "value can be continued once; begin a new DepthStream for every forward pass"
+        )
+    _written[buffer.data_ptr()] = storage, max(written, slot + 1)
+
+
+def _token(token: Tensor, slots: int) -> Tensor:
+    return token.new_empty_strided((slots, *token.shape[1:]), (0,) * token.dim())
+
+
+def _write(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor) -> Tensor:
+    check_stream_write(k, v, buffer, token)
+    slot = token.shape[0]
+    if buffer.numel():
+        _claim(buffer, slot)
+    keys, values = buffer.data[slot].split([k.shape[-1], v.shape[-1]], -1)
+    keys.copy_(k)
+    values.copy_(v)
+    return _token(token, slot + 1)
+
+
+def _write_fake(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor) -> Tensor:
+    check_stream_write(k, v, buffer, token)
+    return _token(token, token.shape[0] + 1)
+
+
+def _write_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    k, v, _, _ = inputs
+    ctx.dims = k.shape[-1], v.shape[-1]
+    ctx.set_materialize_grads(False)
+
+
+def _write_backward(ctx: Any, dtoken: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dtoken is None:
+        return None, None, None, None
+    dk, dv = dtoken[-1].split(ctx.dims, -1)
+    return dk, dv, None, dtoken[:-1]
+
+
+def _packed(x: Tensor, slots: int, D: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of the first slots, each as a list of one packed tensor (B, T, L, H, ..)."""
+    if slots == 0:
+        return [], []
+    packed = x[:slots].permute(1, 2, 0, 3, 4)
+    return [packed[..., :D]], [packed[..., D:]]
+
+
+def _sequence(
+    k: Tensor | None, v: Tensor | None, buffer: Tensor, slots: int, D: int
+) -> tuple[Tensor, Tensor, int]:
+    """The sequence's keys and values, and how many slots are depth: all, or all but the newest."""
+    if k is not None and v is not None:
+        return k, v, slots
+    newest = buffer[slots - 1]
+    return newest[..., :D], newest[..., D:], slots - 1
+
+
+def _attention(
+    q: Tensor, k: Tensor | None, v: Tensor | None, buffer: Tensor, token: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    opts = Options(**options)
+    check_stream_attention(q, k, v, buffer, token, opts)
+    slots, D = token.shape[0], q.shape[-1]
+    k, v, L = _sequence(k, v, buffer, slots, D)
+    out, lse = ops.implementation(q).attention(q, k, v, *_packed(buffer, L, D), *opts.resolved(D))
+    return out, lse, _token(token, slots)
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor | None, v: Tensor | None, buffer: Tensor, token: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_stream_attention(q, k, v, buffer, token, Options(**options))
+    B, T, HQ, D = q.shape
+    out = q.new_empty(B, T, HQ, buffer.shape[-1] - D)
+    lse = q.new_empty(B, HQ, T, dtype=ops.lse_dtype(q))
+    return out, lse, _token(token, token.shape[0])
+
+
+def _attention_setup_context(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    q, k, v, buffer, token = inputs
+    out, lse, _ = output
+    ctx.save_for_backward(q, k, v, buffer, out, lse)
+    ctx.slots, ctx.grad_dtype, ctx.options = token.shape[0], token.dtype, keyword_only_inputs
+    ctx.set_materialize_grads(False)
+
+
+def _attention_backward_formula(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, dtoken: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dout is None and dlse is None:
+        return None, None, None, None, dtoken
+    q, k, v, buffer, out, lse = ctx.saved_tensors
+    dq, dk_dv, dtoken = torch.ops.moda.stream_attention_backward(
+        dout, dlse, dtoken, q, k, v, buffer, out, lse, ctx.slots, ctx.grad_dtype, **ctx.options
+    )
+    dk, dv = dk_dv or (None, None)
+    return dq, dk, dv, None, dtoken
+
+
+def _attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dtoken: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    buffer: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slots: int,
+    grad_dtype: torch.dtype,
+    **options: Any,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    opts = Options(**options)
+    _check_attention_backward(
+        dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, opts
+    )
+    D = q.shape[-1]
+    if dtoken is not None and dtoken.stride(-1) != 1:
+        dtoken = dtoken.contiguous()
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = buffer.new_empty((slots, *buffer.shape[1:]), dtype=grad_dtype)
+    dk_dv = [x.new_empty(x.shape) for x in (k, v) if x is not None]  # of keys outside the stream
+    into = dk_dv or _sequence(None, None, grads, slots, D)[:2]
+    running: Sequence[Tensor | None] = (None, None)
+    if dtoken is not None and not dk_dv:
+        running = _sequence(None, None, dtoken, slots, D)[:2]
+    k, v, L = _sequence(k, v, buffer, slots, D)
+    dq, *_ = ops.implementation(q).attention_backward(
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        *_packed(buffer, L, D),
+        out,
+        lse,
+        *opts.resolved(D),
+        grads=(*into, *_packed(grads, L, D)),
+        running=None if dtoken is None else (*running, *_packed(dtoken, L, D)),
+    )
+    return dq, dk_dv, grads
+
+
+def _attention_backward_fake(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dtoken: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    buffer: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slots: int,
+    grad_dtype: torch.dtype,
+    **options: Any,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    opts = Options(**options)
+    _check_attention_backward(
+        dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, opts
+    )
+    dk_dv = [x.new_empty(x.shape) for x in (k, v) if x is not None]
+    grads = buffer.new_empty((slots, *buffer.shape[1:]), dtype=grad_dtype)
+    return q.new_empty(q.shape), dk_dv, grads
+
+
+def _check_attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dtoken: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    buffer: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slots: int,
+    grad_dtype: torch.dtype,
+    options: Options,
+) -> None:
+    token = _token(buffer[:0].to(grad_dtype), slots)
+    check_stream_attention(q, k, v, buffer, token, options)
+    check_backward(dout, dlse, out, lse, q, buffer[..., q.shape[-1] :], ops.lse_dtype(q))
+    if dtoken is not None:
+        check_like(
+            "dtoken", dtoken, tuple(token.shape), "(slots, B, T, H, D + DV)", grad_dtype, q.device
+        )
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError("moda::stream_attention has no second derivative (create_graph=True)")
+
+
+for _name, _kernel, _fake in (
+    ("stream_buffer", _buffer, _buffer_fake),
+    ("stream_write", _write, _write_fake),
+    ("stream_attention", _attention, _attention_fake),
+    ("stream_attention_backward", _attention_backward, _attention_backward_fake),
+):
+    for _device in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _kernel, _device)
+    torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "moda::stream_write", _write_backward, setup_context=_write_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "moda::stream_attention",
+    _attention_backward_formula,
+    setup_context=_attention_setup_context,
+    lib=LIBRARY,
+)
+torch.library.register_autograd("moda::stream_attention_backward", _no_double_backward, lib=LIBRARY)
