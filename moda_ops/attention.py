@@ -107,9 +107,7 @@ def moda_attention(
         >>> q.grad.shape
         torch.Size([2, 16, 4, 32])
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_tensors(q=q, k=k, v=v)
     if (k_depth is None) != (v_depth is None):
         given, missing = ("k_depth", "v_depth") if v_depth is None else ("v_depth", "k_depth")
         raise ValueError(f"{given} is given but {missing} is None; give both or neither")
@@ -129,6 +127,12 @@ def moda_attention(
         softcap=softcap,
     )
     return (out, lse) if check_bool("return_lse", return_lse) else out
+
+
+def check_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def check_bool(name: str, value: object) -> bool:

@@ -5,7 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ops.attention import Window, check_bool, check_option, moda_attention, window_sides
+from moda_ops.attention import (
+    Window,
+    check_bool,
+    check_option,
+    check_tensors,
+    moda_attention,
+    window_sides,
+)
 
 
 class DepthStream(NamedTuple):
@@ -126,6 +133,7 @@ class DepthStream(NamedTuple):
             TypeError, ValueError: k or v do not fit the stream, or it is full; the text names it.
             RuntimeError: this stream has been continued before.
         """
+        check_tensors(k=k, v=v)
         return self._replace(token=torch.ops.moda.stream_write(k, v, self.buffer, self.token))
 
     def attend(
@@ -156,6 +164,7 @@ class DepthStream(NamedTuple):
             TypeError, ValueError: as :func:`moda_attention`; also if k is None and nothing is
                 written.
         """
+        check_tensors(q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
         check_option("scale", scale)
         check_option("softcap", softcap)
         left, right = window_sides(window)
@@ -205,6 +214,7 @@ class DepthSlots(NamedTuple):
 
     def write(self, k: Tensor, v: Tensor) -> "DepthSlots":
         """The stream with one more slot: k (B, T, H, D) and v (B, T, H, DV)."""
+        check_tensors(k=k, v=v)
         return DepthSlots((*self.k, k), (*self.v, v))
 
     def attend(

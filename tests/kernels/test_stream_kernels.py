@@ -1,0 +1,109 @@
+"""Attention over a depth stream: kernels against the NumPy reference, and the running gradient."""
+
+import pytest
+import torch
+
+import moda_kernels
+from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs
+from moda_ops import ops
+
+COMPILED = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def kernels_on_every_device(monkeypatch):
+    monkeypatch.setattr(ops, "implementation", lambda q: moda_kernels)
+
+
+def as_stream(inputs, newest, grad_dtype):
+    """Buffer and token whose slots are depth and, if ``newest``, the sequence last."""
+    q, k, v, k_depth, v_depth = inputs
+    slots = list(zip(k_depth, v_depth, strict=True)) + ([(k, v)] if newest else [])
+    shape = (q.shape[0], q.shape[1], k.shape[2], k.shape[3] + v.shape[3])
+    buffer = q.new_full((len(slots) + 2, *shape), float("nan"))
+    for i, pair in enumerate(slots):
+        buffer[i] = torch.cat(pair, -1)
+    token = torch.empty_strided((len(slots), *shape), (0,) * 5, dtype=grad_dtype, device=q.device)
+    return buffer, token
+
+
+def run_stream(newest, grad_dtype, dtoken=None, **options):
+    """``assert_matches_reference``'s run, through the stream operators and ``dtoken``."""
+    window = options.pop("window", None)
+    left, right = window if isinstance(window, tuple) else (window, window)
+    options |= dict(window_left=left, window_right=right)
+
+    def run(inputs, dout, dlse):
+        q, D = inputs.q, inputs.q.shape[-1]
+        buffer, token = as_stream(inputs, newest, grad_dtype)
+        k, v = (None, None) if newest else inputs[1:3]
+        out, lse, _ = torch.ops.moda.stream_attention(q, k, v, buffer, token, **options)
+        dq, dk_dv, grads = torch.ops.moda.stream_attention_backward(
+            dout, dlse, dtoken, q, k, v, buffer, out, lse, len(token), grad_dtype, **options
+        )
+        grads = grads.unbind()
+        slots = [[g[..., :D] for g in grads], [g[..., D:] for g in grads]]
+        dk, dv = [x.pop() for x in slots] if newest else dk_dv
+        return out, lse, Inputs(dq, dk, dv, *slots)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("B", "T", "S", "HQ", "H", "D", "DV", "L"),
+    [
+        (2, 9, None, 2, 2, 16, 16, 3),
+        (1, 23, None, 6, 2, 24, 40, 0),
+        (2, 23, None, 16, 2, 64, 64, 17),
+        (1, 13, None, 3, 1, 70, 20, 5),
+        (1, 9, 46, 4, 2, 32, 16, 4),
+        (1, 9, 0, 4, 2, 16, 24, 2),
+    ],
+)
+def test_matches_reference(B, T, S, HQ, H, D, DV, L, dtype, device):
+    inputs = make_inputs(B, T, HQ, H, D, L, S=S, DV=DV, dtype=dtype, device=device)
+    assert_matches_reference(inputs, run_stream(S is None, dtype))
+
+
+@pytest.mark.parametrize("options", [dict(causal=False), dict(window=3, softcap=1.5, scale=0.4)])
+def test_options(options, device):
+    inputs = make_inputs(1, 23, 4, 2, 16, 3, device=device)
+    assert_matches_reference(inputs, run_stream(True, torch.float32, **options), **options)
+
+
+@pytest.mark.parametrize("newest", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("HQ", "H", "D", "L"), [(4, 2, 16, 3), (16, 2, 64, 17), (64, 1, 64, 5), (3, 1, 70, 2)]
+)
+def test_running_gradient_is_added_before_the_one_rounding(HQ, H, D, L, dtype, newest, device):
+    inputs = make_inputs(2, 23, HQ, H, D, L, dtype=dtype, device=device)
+    cotangents = make_cotangents(inputs)
+    shape = (L + newest, 2, 23, H, 2 * D)
+    running = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device)
+
+    *_, alone = run_stream(newest, torch.float32)(inputs, *cotangents)
+    for grad_dtype in {torch.float32, dtype}:
+        dtoken = running.to(grad_dtype)
+        *_, both = run_stream(newest, grad_dtype, dtoken)(inputs, *cotangents)
+        assert torch.equal(both.q, alone.q)
+        pairs = list(zip(alone.k_depth, alone.v_depth, strict=True))
+        sums = list(zip(both.k_depth, both.v_depth, strict=True))
+        if newest:
+            pairs, sums = [*pairs, alone[1:3]], [*sums, both[1:3]]
+        else:
+            assert torch.equal(both.k, alone.k) and torch.equal(both.v, alone.v)
+        for pair, total, before in zip(pairs, sums, dtoken, strict=True):
+            assert torch.equal(torch.cat(total, -1), (torch.cat(pair, -1) + before).to(grad_dtype))
+
+
+def test_running_gradient_may_have_any_strides(device):
+    inputs = make_inputs(1, 9, 2, 1, 16, 3, device=device)
+    cotangents = make_cotangents(inputs)
+    dtoken = torch.randn(4, 1, 9, 1, 32, device=device)
+    expected = run_stream(True, torch.float32, dtoken)(inputs, *cotangents)[2]
+    strided = dtoken.permute(4, 2, 0, 1, 3).contiguous().permute(2, 3, 1, 4, 0)
+    actual = run_stream(True, torch.float32, strided)(inputs, *cotangents)[2]
+    assert all(map(torch.equal, actual.leaves(), expected.leaves()))

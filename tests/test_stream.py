@@ -1,0 +1,501 @@
+"""DepthStream: the values and gradients of a list of slots, however layers use it."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from moda_ops import DepthSlots, DepthStream, stream_ops
+
+B, T, HQ, H, D, DV = 2, 6, 4, 2, 8, 4
+WEIGHTS = torch.randn(16, 3, 1, 1, 1, D, generator=torch.Generator().manual_seed(0))
+
+
+def allocate(slots, **options):
+    options = dict(dtype=torch.float64) | options
+    return DepthStream.allocate(slots, B, T, H, D, DV, **options)
+
+
+def begin(kind, slots=8, **options):
+    return DepthSlots() if kind is DepthSlots else allocate(slots, **options)
+
+
+def parts(x, i):
+    """Some q, k and v of x (B, T, HQ, D), different for every i."""
+    q, k, v = (x * WEIGHTS[i].to(x)).sin()
+    return q, k[:, :, :H], v[:, :, :H, :DV]
+
+
+def widen(out):
+    """(B, T, HQ, DV) -> (B, T, HQ, D)."""
+    return torch.cat([out, -out], -1)
+
+
+def layer(x, stream, i=0):
+    q, k, v = parts(x, i)
+    out, stream = stream.write(k, v).attend(q)
+    return x + widen(out), stream
+
+
+def model(x, stream, layers=4, block=layer):
+    for i in range(layers):
+        x, stream = block(x, stream, i)
+    return x
+
+
+def extra_writes(x, stream):
+    """Two slots between two readers, as a feed-forward projection writes them."""
+    for i in range(3):
+        x, stream = layer(x, stream, i)
+        stream = stream.write(*parts(x, 10 + i)[1:])
+    return x
+
+
+def keys_outside(x, stream):
+    """A sequence that is no slot, and slots that were never a sequence."""
+    for i in range(3):
+        q, k, v = parts(x, i)
+        out, stream = stream.attend(q, torch.cat([k, k], 1), torch.cat([v, v], 1), causal=i > 0)
+        x = x + widen(out)
+        stream = stream.write(*parts(x, 10 + i)[1:])
+    return x
+
+
+def depth_alone(x, stream):
+    for i in range(3):
+        q, k, v = parts(x, i)
+        out, stream = stream.write(k, v).attend(q, k[:, :0], v[:, :0])
+        x = widen(out)
+    return x
+
+
+def two_readers(x, stream):
+    """Readers that do not pass the stream on to each other."""
+    x, stream = layer(x, stream)
+    left, _ = stream.attend(parts(x, 1)[0])
+    right, other = stream.attend(parts(x, 2)[0], softcap=2.0)
+    third, _ = stream.attend(parts(x, 3)[0])
+    last, _ = other.write(*parts(x, 4)[1:]).attend(parts(x, 5)[0])
+    return left * right + third * last
+
+
+def unread_layers(x, stream):
+    """Losses from layers in the middle, a dropped output, and slots after the last reader."""
+    middle, stream = layer(x, stream, 0)
+    _, stream = layer(middle, stream, 1)
+    x, stream = layer(middle, stream, 2)
+    stream.write(*parts(x, 3)[1:])
+    return torch.cat([x, middle])
+
+
+def options(x, stream):
+    x, stream = layer(x, stream)
+    q, k, v = parts(x, 1)
+    stream = stream.write(k, v)
+    return stream.attend(q, causal=False, scale=0.3, window=(2, 1), softcap=1.5)[0]
+
+
+PATTERNS = [
+    model,
+    extra_writes,
+    keys_outside,
+    depth_alone,
+    two_readers,
+    unread_layers,
+    options,
+]
+
+
+def results(pattern, stream, x):
+    out = pattern(x, stream)
+    cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return [out.detach(), *torch.autograd.grad(out, x, cotangent)]
+
+
+def random_input(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(B, T, HQ, D, dtype=dtype, generator=generator).requires_grad_()
+
+
+def assert_same(actual, expected):
+    """Equal up to a few roundings of float64: sums over readers come in another order."""
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).norm() <= 1e-14 * e.norm()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_list_of_slots_gives_the_same(pattern):
+    x = random_input()
+    assert_same(results(pattern, allocate(8), x), results(pattern, DepthSlots(), x))
+
+
+@pytest.mark.parametrize("kind", [DepthStream, DepthSlots])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradcheck(pattern, kind):
+    x = random_input()[:1, :3].detach().requires_grad_()
+
+    def f(x):
+        stream = DepthStream.allocate(8, 1, 3, H, D, DV, dtype=x.dtype)
+        return pattern(x, stream if kind is DepthStream else DepthSlots())
+
+    assert torch.autograd.gradcheck(f, x)
+
+
+def test_opcheck(device, monkeypatch):
+    """With slots written beforehand, so that the hidden write changes nothing, and with zeros for
+    tokens, whose values mean nothing: opcheck compares them."""
+
+    def zeros(token, slots):
+        return token.new_empty_strided((slots, *token.shape[1:]), (0,) * 5).fill_(0)
+
+    monkeypatch.setattr(stream_ops, "_token", zeros)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    buffer = randn(4, B, T, H, D + DV)
+    q, k, v = randn(B, T, HQ, D), *buffer[2].split([D, DV], -1)
+    moda = torch.ops.moda
+    torch.library.opcheck(moda.stream_buffer.default, (torch.empty(0, device=device), (0, 3)))
+    for grad in (False, True):
+        leaves = [x.clone().requires_grad_(grad) for x in (q, k, v)]
+        token = zeros(buffer, 2).requires_grad_(grad)
+        torch.library.opcheck(moda.stream_write.default, (*leaves[1:], buffer, token))
+        for keys in (leaves[1:], (None, None)):
+            args = (leaves[0], *keys, buffer, token)
+            torch.library.opcheck(moda.stream_attention.default, args, dict(softcap=2.0))
+    out, lse, _ = moda.stream_attention(q, None, None, buffer, token.detach())
+    for keys in ((k, v), (None, None)):
+        for dlse, dtoken in ((None, None), (torch.randn_like(lse), randn(2, *buffer.shape[1:]))):
+            args = (torch.randn_like(out), dlse, dtoken, q, *keys, buffer, out, lse, 2)
+            args = (*args, torch.float32)
+            torch.library.opcheck(moda.stream_attention_backward.default, args)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_first_call_may_be_compiled_and_saves_the_buffer_once(backend):
+    torch._dynamo.reset()
+    x = random_input(torch.float32)
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def run(x):
+        return model(x, allocate(4, dtype=x.dtype))
+
+    actual = torch.autograd.grad(run(x).square().sum(), x)[0]
+    x64 = x.detach().double().requires_grad_()
+    exact, plain = (
+        torch.autograd.grad(model(y, DepthSlots()).square().sum(), y)[0] for y in (x64, x)
+    )
+    floor = torch.finfo(x.dtype).eps * exact.norm()
+    assert (actual - exact).norm() <= 2 * (plain - exact).norm() + floor
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("layers", [4, 9])
+def test_compiled_blocks_share_two_graphs_at_any_depth(layers):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    x = random_input()
+    block = torch.compile(layer_of_step, fullgraph=True, backend="aot_eager")
+
+    def run(x, stream):
+        for i in range(layers):
+            x, stream = block(x, stream, torch.tensor(0.1 * i))
+        return x
+
+    def eagerly(x, stream):
+        for i in range(layers):
+            x, stream = layer_of_step(x, stream, torch.tensor(0.1 * i))
+        return x
+
+    assert_same(results(run, allocate(layers), x), results(eagerly, DepthSlots(), x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def layer_of_step(x, stream, step):
+    return layer(x + step, stream)
+
+
+def test_two_streams_in_one_graph_stay_two():
+    """The same first slot twice, then different ones: equal calls must not be merged."""
+    torch._dynamo.reset()
+    x = random_input()
+
+    def twice(x, stream):
+        first, stream = layer(x, stream)
+        other, others = layer(x, allocate(4))
+        left, _ = layer(first, stream, 1)
+        right, _ = layer(2 * other, others, 1)
+        return torch.cat([left, right])
+
+    @torch.compile(fullgraph=True, backend="inductor")
+    def compiled(x):
+        return twice(x, allocate(4))
+
+    actual = results(lambda x, _: compiled(x), None, x)
+    for a, e in zip(actual, results(twice, allocate(4), x), strict=True):
+        assert (a - e).norm() <= 1e-12 * e.norm()
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_checkpointed_blocks_give_the_same_and_save_less(compiler):
+    torch._dynamo.reset()
+    x = random_input()
+
+    def block(x, stream, i):
+        return checkpoint(layer, x, stream, i, use_reentrant=False)
+
+    def run(x, stream):
+        return model(x, stream, block=block)
+
+    def plain(x, stream):
+        return model(x, stream)
+
+    if compiler:
+        run, plain = (torch.compile(f, fullgraph=True, backend=compiler) for f in (run, plain))
+    assert_same(results(run, allocate(4), x), results(plain, allocate(4), x))
+    assert saved_bytes(lambda: run(x, allocate(4))) < 0.7 * saved_bytes(
+        lambda: plain(x, allocate(4))
+    )
+
+
+def saved_bytes(f):
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        f()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_backward_may_run_again():
+    x = random_input()
+    out = model(x, allocate(4)).square().sum()
+    once = torch.autograd.grad(out, x, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(out, x)[0], once)
+
+
+def test_micro_batches_and_models_interleave():
+    x, y = random_input(), random_input().detach().neg().requires_grad_()
+    expected = results(model, allocate(4), x), results(model, allocate(4), y)
+    outs = [x + 0, y + 0]
+    streams = [allocate(4), allocate(4)]
+    for i in range(4):
+        for j in range(2):
+            outs[j], streams[j] = layer(outs[j], streams[j], i)
+    for j, leaf in enumerate((x, y)):
+        cotangent = torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).view_as(leaf)
+        actual = [outs[j].detach(), *torch.autograd.grad(outs[j], leaf, cotangent)]
+        assert all(map(torch.equal, actual, expected[j]))
+
+
+def test_a_failed_step_leaves_nothing_behind():
+    x = random_input()
+    expected = results(model, allocate(4), x)
+
+    def fails(x, stream, i):
+        if i == 2:
+            raise ArithmeticError
+        return layer(x, stream, i)
+
+    with pytest.raises(ArithmeticError):
+        model(x, allocate(4), block=fails)
+    out = model(x, allocate(4))
+    out.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        out.sum().backward()
+    assert all(map(torch.equal, results(model, allocate(4), x), expected))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference(mode):
+    x = random_input()
+    expected = model(x, allocate(4)).detach()
+    with mode():
+        out = model(x, allocate(4))
+    assert torch.equal(out, expected) and not out.requires_grad
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_decides_the_dtype(inside):
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        stream = DepthStream.allocate(2, B, T, H, D)
+    expected = torch.bfloat16 if inside else torch.float32
+    assert stream.buffer.dtype is stream.token.dtype is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_gradients_of_16_bit_slots(dtype):
+    """One rounding at a slot's end, not one per reader."""
+    errors = {}
+    for grad_dtype in (dtype, torch.float32):
+        x = random_input().detach().to(dtype).requires_grad_()
+        exact = x.detach().double().requires_grad_()
+        actual, expected = (
+            torch.autograd.grad(many_readers(y, stream), y)[0]
+            for y, stream in (
+                (x, allocate(1, dtype=dtype, grad_dtype=grad_dtype)),
+                (exact, allocate(1)),
+            )
+        )
+        errors[grad_dtype] = ((actual - expected).norm() / expected.norm()).item()
+    assert errors[torch.float32] < 0.5 * errors[dtype]
+
+
+def many_readers(x, stream):
+    """64 readers of one slot, all with the same query."""
+    stream = stream.write(x[:, :, :H], x[:, :, :H, :DV])
+    loss = 0
+    q = x.detach()
+    for _ in range(64):
+        out, stream = stream.attend(q)
+        loss = loss + out.double().square().sum()
+    return loss
+
+
+def test_nothing_is_kept_for_a_stream_that_is_gone():
+    for _ in range(3):
+        model(random_input(), allocate(4))
+    allocate(1)  # forgets the ones that are gone
+    assert len(stream_ops._written) <= 2
+
+
+def test_no_version_of_the_buffer_is_spent():
+    stream = allocate(2)
+    version = stream.buffer._version
+    layer(random_input(), stream)
+    assert stream.buffer._version == version
+
+
+def k_like(*shape, **kwargs):
+    return torch.zeros(*shape, **(dict(dtype=torch.float64) | kwargs))
+
+
+K, V, Q = k_like(B, T, H, D), k_like(B, T, H, DV), k_like(B, T, HQ, D)
+MISUSES = [
+    (lambda: allocate(-1), ValueError, "slots must be at least 0, got -1"),
+    (lambda: allocate(2.0), TypeError, "slots must be an int, got 2.0"),
+    (lambda: DepthStream.allocate(1, B, T, 0, D), ValueError, "kv_heads must be at least 1, got 0"),
+    (
+        lambda: allocate(1, dtype=torch.int32),
+        TypeError,
+        "dtype must be a floating-point dtype, got torch.int32",
+    ),
+    (
+        lambda: allocate(1, grad_dtype="float32"),
+        TypeError,
+        "grad_dtype must be a floating-point dtype, got 'float32'",
+    ),
+    (
+        lambda: allocate(1).write(K, V).write(K, V),
+        ValueError,
+        "the depth stream is too short: all of its 1 slots are written",
+    ),
+    (lambda: allocate(1).write(None, V), TypeError, "k must be a torch.Tensor, got NoneType"),
+    (
+        lambda: allocate(1).write(K[0], V),
+        ValueError,
+        "k must have shape (B, T, H, D), got (6, 2, 8)",
+    ),
+    (
+        lambda: allocate(1).write(K[:, :3], V[:, :3]),
+        ValueError,
+        "k must have shape (B, T, H, D) = (2, 6, 2, 8), got (2, 3, 2, 8)",
+    ),
+    (
+        lambda: allocate(1).write(K, K),
+        ValueError,
+        "k and v must have D + DV = 12 in all to fit the depth stream, got D = 8 and DV = 8",
+    ),
+    (
+        lambda: allocate(1).write(K.float(), V),
+        TypeError,
+        "k must have dtype torch.float64 to fit the depth stream, got torch.float32",
+    ),
+    (
+        lambda: allocate(1).write(K, V.to("meta")),
+        ValueError,
+        "v must be on the depth stream's device cpu, got meta",
+    ),
+    (
+        lambda: allocate(1).attend(Q),
+        ValueError,
+        "the depth stream is empty: write this layer's keys and values first, or give k and v",
+    ),
+    (
+        lambda: DepthSlots().attend(Q),
+        ValueError,
+        "the depth stream is empty: write this layer's keys and values first, or give k and v",
+    ),
+    (lambda: allocate(1).attend("q"), TypeError, "q must be a torch.Tensor, got str"),
+    (
+        lambda: allocate(1).attend(Q, K),
+        ValueError,
+        "k is given but v is None; give both or neither",
+    ),
+    (
+        lambda: allocate(1).write(K, V).attend(Q[:, :3]),
+        ValueError,
+        "q must have shape (B, T, HQ, D) = (2, 6, 4, 8), got (2, 3, 4, 8)",
+    ),
+    (
+        lambda: allocate(1).write(K, V).attend(k_like(B, T, HQ, D + DV)),
+        ValueError,
+        "q's head dim must be below the depth stream's D + DV = 12, got 12",
+    ),
+    (
+        lambda: allocate(1).attend(Q, K[:, :, :1], V[:, :, :1]),
+        ValueError,
+        "k and v must have the depth stream's H = 2 heads and D + DV = 12, got 1 heads, "
+        "D = 8 and DV = 4",
+    ),
+    (
+        lambda: allocate(1).write(K, V).attend(Q[:, :, :3]),
+        ValueError,
+        "q's heads must be a positive multiple of k's, got HQ = 3 and H = 2",
+    ),
+    (
+        lambda: allocate(1).write(K, V).attend(Q, softcap=-1.0),
+        ValueError,
+        "softcap must be a positive finite number, got -1.0",
+    ),
+    (
+        lambda: allocate(1).write(K, V).attend(Q, causal=None),
+        TypeError,
+        "causal must be a bool, got None",
+    ),
+]
+
+
+@pytest.mark.parametrize(("misuse", "error", "message"), MISUSES)
+def test_misuse(misuse, error, message):
+    with pytest.raises(error) as caught:
+        misuse()
+    assert str(caught.value) == message
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_a_slot_is_written_once(compiler):
+    torch._dynamo.reset()
+    block = torch.compile(layer, backend=compiler) if compiler else layer
+    x, stream = random_input(), allocate(4)
+    _, following = block(x, stream)
+    block(x, following)
+    message = "slot 0 of the depth stream is written twice (2 are written)"
+    with pytest.raises(RuntimeError) as caught:
+        block(x, stream)
+    assert message in str(caught.value)
+
+
+def test_a_stream_after_backward_has_no_graph():
+    x = random_input()
+    y, stream = layer(x, allocate(4))
+    y.sum().backward()
+    z, _ = layer(x.detach(), stream, 1)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        z.sum().backward()
