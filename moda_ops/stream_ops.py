@@ -11,7 +11,8 @@ A stream is two tensors:
 declared as a mutation, every layer's buffer would be a value of its own that backward has to save.
 What makes this sound: a slot is written once, before any reader of it, which descends from the
 write's token; nobody reads a slot that his token does not cover; and writing again the same values,
-as activation checkpointing does, changes nothing. ``_claim`` refuses other second writes.
+as activation checkpointing does, changes nothing. ``_claim`` and ``_check_written`` hold every real
+call to it.
 """
 
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ LIBRARY.define(
 )
 
 _written: dict[int, tuple[StorageWeakRef, int]] = {}
-"""Slots written so far of each living buffer, by its address."""
+"""Which slots are written, one bit each, of every living buffer, by its address."""
 
 
 def _buffer(unique: Tensor, shape: Sequence[int]) -> Tensor:
@@ -61,24 +62,41 @@ def _buffer_fake(unique: Tensor, shape: Sequence[int]) -> Tensor:
     return unique.new_empty(shape)
 
 
+def _slots_written(buffer: Tensor) -> int | None:
+    """One bit per slot; None if this is not a stream's own memory, but a copy or a plain tensor."""
+    storage, written = _written.get(buffer.data_ptr(), (None, 0))
+    return None if storage is None or storage.expired() else written
+
+
 def _claim(buffer: Tensor, slot: int) -> None:
     """Raise RuntimeError unless this slot may be written: once, or again in a recomputation."""
-    storage, written = _written.get(buffer.data_ptr(), (None, slot))
-    if storage is None or storage.expired():
+    written = _slots_written(buffer)
+    if written is None:
         if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "stream_write got a buffer that is not a stream's own memory while a CUDA graph is "
-                "captured: the graph would write into a copy of it. Begin the DepthStream inside "
-                "the captured function."
+                "a CUDA graph that is being captured would write to a copy of the depth stream; "
+                "allocate the DepthStream inside the captured function"
             )
         return
     recomputing = torch._C._current_graph_task_id() != -1  # checkpointing, within backward
-    if slot < written and not recomputing:
+    if written >> slot & 1 and not recomputing:
         raise RuntimeError(
-            f"slot {slot} of the depth stream is written twice ({written} are written): a stream "
-            "value can be continued once; begin a new DepthStream for every forward pass"
+            f"slot {slot} of the depth stream is written twice ({written.bit_count()} are written):"
+            " a stream value can be continued once; allocate a new DepthStream for every forward "
+            "pass"
         )
-    _written[buffer.data_ptr()] = storage, max(written, slot + 1)
+    _written[buffer.data_ptr()] = _written[buffer.data_ptr()][0], written | 1 << slot
+
+
+def _check_written(buffer: Tensor, slots: int) -> None:
+    """Raise RuntimeError if one of the first slots holds nothing."""
+    written = _slots_written(buffer)
+    if written is not None and ~written & (1 << slots) - 1:
+        raise RuntimeError(
+            f"the depth stream's buffer has only {written.bit_count()} of the {slots} slots that "
+            "are read from it: a compiler has moved or recomputed its allocation; allocate the "
+            "DepthStream outside of the compiled function"
+        )
 
 
 def _token(token: Tensor, slots: int) -> Tensor:
@@ -138,6 +156,7 @@ def _attention(
     opts = Options(**options)
     check_stream_attention(q, k, v, buffer, token, opts)
     slots, D = token.shape[0], q.shape[-1]
+    _check_written(buffer, slots)
     k, v, L = _sequence(k, v, buffer, slots, D)
     out, lse = ops.implementation(q).attention(q, k, v, *_packed(buffer, L, D), *opts.resolved(D))
     return out, lse, _token(token, slots)
@@ -197,6 +216,7 @@ def _attention_backward(
     _check_attention_backward(
         dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, opts
     )
+    _check_written(buffer, slots)
     D = q.shape[-1]
     if dtoken is not None and dtoken.stride(-1) != 1:
         dtoken = dtoken.contiguous()
