@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import Inputs, assert_matches_reference, make_inputs
-from moda_ops import moda_attention
+from moda_ops import DepthStream, moda_attention
 from test_ops import run_public
 
 pytestmark = pytest.mark.gpu
@@ -103,6 +103,75 @@ def test_more_than_2_31_depth_elements():
     assert_matches_reference(tail, run, cotangents, window=window)
 
 
+def stream_forward_backward(x):
+    """Four layers over a DepthStream that is allocated inside."""
+    y, stream = x, DepthStream.allocate(4, *x.shape[:2], 2, 64, dtype=x.dtype, device="cuda")
+    for _ in range(4):
+        y, stream = stream.write(y[:, :, :2].sin(), y[:, :, :2].cos()).attend(y)
+    return y
+
+
+def fresh_input(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 100, 8, 64, generator=generator)
+    return x.to("cuda", torch.bfloat16).requires_grad_()
+
+
+def with_gradient(f, x):
+    out = f(x)
+    return [out, torch.autograd.grad(out, x, torch.ones_like(out))[0]]
+
+
+def test_graph_capture_of_a_stream():
+    static, side = fresh_input(0), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        with_gradient(stream_forward_backward, static)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = with_gradient(stream_forward_backward, static)
+    for seed in (1, 2):
+        x = fresh_input(seed)
+        with torch.no_grad():
+            static.copy_(x)
+        graph.replay()
+        for a, b in zip(results, with_gradient(stream_forward_backward, x), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_reduce_overhead_of_a_stream():
+    torch._dynamo.reset()
+    compiled = torch.compile(stream_forward_backward, mode="reduce-overhead", fullgraph=True)
+    eager = torch.compile(stream_forward_backward, fullgraph=True)
+    for seed in range(4):
+        x = fresh_input(seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        for a, b in zip(with_gradient(compiled, x), with_gradient(eager, x), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_kernels_per_layer_do_not_depend_on_the_stream():
+    from torch.profiler import ProfilerActivity, profile
+
+    def kernels(layers: int) -> int:
+        def run(x):
+            y, stream = x, DepthStream.allocate(9, 2, 100, 2, 64, dtype=x.dtype, device="cuda")
+            for _ in range(layers):
+                y, stream = stream.write(y[:, :, :2], y[:, :, 2:4]).attend(y)
+            return y
+
+        x = fresh_input(0)
+        with_gradient(run, x)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            with_gradient(run, x)
+            torch.cuda.synchronize()
+        return sum(event.device_type.name == "CUDA" for event in profiler.events())
+
+    three, six, nine = map(kernels, (3, 6, 9))
+    assert nine - six == six - three > 0
+
+
 def test_launches_do_not_depend_on_length_or_slots():
     """No recompilation for a new T or L: they are run-time values of the kernels."""
     from moda_kernels import launch
@@ -123,3 +192,24 @@ def test_launches_do_not_depend_on_length_or_slots():
     for T, L in ((39, 5), (112, 32), (101, 80), (64, 33)):
         call(T, L)
     assert variants() == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_that_would_write_to_a_copy_is_an_error():
+    """Per-block graphs copy their inputs, also the buffer of a stream made outside of them."""
+    torch._dynamo.reset()
+
+    @torch.compile(mode="reduce-overhead", fullgraph=True)
+    def block(y, stream):
+        return stream.write(y[:, :, :2].sin(), y[:, :, :2].cos()).attend(y)
+
+    @torch.no_grad()
+    def step(seed):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = fresh_input(seed)
+        stream = DepthStream.allocate(4, 2, 100, 2, 64, dtype=x.dtype, device="cuda")
+        for _ in range(2):
+            x, stream = block(x, stream)
+
+    with pytest.raises(RuntimeError, match="allocate the DepthStream inside"):
+        list(map(step, range(4)))

@@ -1,0 +1,55 @@
+"""How others keep a depth stream, for comparison: every layer stacks all earlier slots anew."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moda_ops import moda_attention
+from moda_ops.attention import Window
+
+
+class StackedSlots(NamedTuple):
+    """A list of slots like :class:`moda_ops.DepthSlots`, but each read copies it into one tensor.
+
+    Layer l keeps its own copy of l slots for backward, O(L^2) in all.
+
+    Attributes:
+        k: keys (B, T, H, D) of each slot.
+        v: values (B, T, H, DV) of each slot.
+    """
+
+    k: tuple[Tensor, ...] = ()
+    v: tuple[Tensor, ...] = ()
+
+    @property
+    def written(self) -> int:
+        """How many slots are written."""
+        return len(self.k)
+
+    def write(self, k: Tensor, v: Tensor) -> "StackedSlots":
+        """The stream with one more slot: k (B, T, H, D) and v (B, T, H, DV)."""
+        return StackedSlots((*self.k, k), (*self.v, v))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        window: Window | None = None,
+        softcap: float | None = None,
+    ) -> "tuple[Tensor, StackedSlots]":
+        """``out`` (B, T, HQ, DV) and the stream; see :meth:`moda_ops.DepthStream.attend`."""
+        k_slots, v_slots = self.k, self.v
+        if k is None or v is None:
+            *k_slots, k = k_slots
+            *v_slots, v = v_slots
+        k_depth = torch.stack(k_slots, 2) if k_slots else None  # (B, T, L, H, D)
+        v_depth = torch.stack(v_slots, 2) if v_slots else None
+        out = moda_attention(
+            q, k, v, k_depth, v_depth, causal=causal, scale=scale, window=window, softcap=softcap
+        )
+        return out, self
