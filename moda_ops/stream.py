@@ -134,7 +134,8 @@ class DepthStream(NamedTuple):
             RuntimeError: this stream has been continued before.
         """
         check_tensors(k=k, v=v)
-        return self._replace(token=torch.ops.moda.stream_write(k, v, self.buffer, self.token))
+        token = torch.ops.moda.stream_write(k, v, self.buffer, self.token)
+        return DepthStream(self.buffer, token)
 
     def attend(
         self,
@@ -180,7 +181,7 @@ class DepthStream(NamedTuple):
             window_right=right,
             softcap=softcap,
         )
-        return out, self._replace(token=token)
+        return out, DepthStream(self.buffer, token)
 
 
 class DepthSlots(NamedTuple):

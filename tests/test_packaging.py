@@ -1,4 +1,4 @@
-"""What the distributions carry, that versions agree, and that the README's example runs."""
+"""What the distributions carry, that versions agree, and that the README's examples run."""
 
 import re
 import shutil
@@ -63,9 +63,10 @@ def test_versions_agree() -> None:
     assert moda_ops.__version__ == project["version"] == version("moda-ops")
 
 
-def test_readme_example_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_readme_examples_run() -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec("\n".join(code), names)
+    assert names["stream"].written == names["L"]
     assert names["out"].shape == (1, 128, 8, 64)
     assert names["q"].grad.isfinite().all()
