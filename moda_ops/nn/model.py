@@ -41,9 +41,8 @@ class MoDABlock(nn.Module):
     def __init__(self, config: MoDAConfig, *, last: bool) -> None:
         super().__init__()
         self.pre_norm = config.norm == "pre"
-        writes = config.depth != "residual" and (config.write_last or not last)
-        projects = config.depth.split("+") if writes else []
-        self.writes_keys = writes and "attn" not in projects
+        self.writes = config.depth != "residual" and (config.write_last or not last)
+        projects = config.depth.split("+") if self.writes else []
         self.attention = MoDAAttention(config)
         self.attention_norm = RMSNorm(config.width)
         self.attention_write = DepthProjection(config) if "attn" in projects else None
@@ -54,7 +53,10 @@ class MoDABlock(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, stream: Stream) -> tuple[Tensor, Stream]:
         """Output (B, T, C) for x (B, T, C), and the stream with this block's slots appended."""
         h = self.attention_norm(x) if self.pre_norm else x
-        y, stream = self.attention(h, rotary, stream, write=self.writes_keys)
+        write_keys = self.writes and self.attention_write is None
+        y, read = self.attention(h, rotary, stream, write=write_keys)
+        # Of a stream that nobody continues, a compiled block would get zeros as gradient.
+        stream = read if self.writes else stream
         x = x + y if self.pre_norm else self.attention_norm(x + y)
         if self.attention_write is not None:
             stream = stream.write(*self.attention_write(h, rotary))

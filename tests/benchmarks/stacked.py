@@ -43,10 +43,9 @@ class StackedSlots(NamedTuple):
         softcap: float | None = None,
     ) -> "tuple[Tensor, StackedSlots]":
         """``out`` (B, T, HQ, DV) and the stream; see :meth:`moda_ops.DepthStream.attend`."""
-        k_slots, v_slots = self.k, self.v
+        k_slots, v_slots = list(self.k), list(self.v)
         if k is None or v is None:
-            *k_slots, k = k_slots
-            *v_slots, v = v_slots
+            k, v = k_slots.pop(), v_slots.pop()
         k_depth = torch.stack(k_slots, 2) if k_slots else None  # (B, T, L, H, D)
         v_depth = torch.stack(v_slots, 2) if v_slots else None
         out = moda_attention(

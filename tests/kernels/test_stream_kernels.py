@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moda_kernels
-from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs
+from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs, rounding
 from moda_ops import ops
 
 COMPILED = torch.cuda.is_available()
@@ -84,27 +84,30 @@ def test_running_gradient_is_added_before_the_one_rounding(HQ, H, D, L, dtype, n
     shape = (L + newest, 2, 23, H, 2 * D)
     running = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device)
 
+    floor = rounding(inputs, *cotangents)
     *_, alone = run_stream(newest, torch.float32)(inputs, *cotangents)
     for grad_dtype in {torch.float32, dtype}:
         dtoken = running.to(grad_dtype)
         *_, both = run_stream(newest, grad_dtype, dtoken)(inputs, *cotangents)
         assert torch.equal(both.q, alone.q)
-        pairs = list(zip(alone.k_depth, alone.v_depth, strict=True))
-        sums = list(zip(both.k_depth, both.v_depth, strict=True))
+        k_before, v_before = (list(x) for x in dtoken.split([D, D], -1))
         if newest:
-            pairs, sums = [*pairs, alone[1:3]], [*sums, both[1:3]]
+            assert_one_rounding(both.k, alone.k, k_before.pop(), floor["dk"])
+            assert_one_rounding(both.v, alone.v, v_before.pop(), floor["dv"])
         else:
             assert torch.equal(both.k, alone.k) and torch.equal(both.v, alone.v)
-        for pair, total, before in zip(pairs, sums, dtoken, strict=True):
-            assert_one_rounding(torch.cat(total, -1), torch.cat(pair, -1), before)
+        for args in zip(both.k_depth, alone.k_depth, k_before, strict=True):
+            assert_one_rounding(*args, floor["dk_depth"])
+        for args in zip(both.v_depth, alone.v_depth, v_before, strict=True):
+            assert_one_rounding(*args, floor["dv_depth"])
 
 
-def assert_one_rounding(total, own, before):
-    """total = own + before in its dtype, of an ``own`` that float32 has rounded once more."""
+def assert_one_rounding(total, own, before, floor):
+    """total = own + before, rounded to its dtype once; float32 sums ``own`` up as it pleases."""
     exact = own.double() + before.double()
-    single, final = torch.finfo(torch.float32), torch.finfo(total.dtype)
-    bound = final.eps / 2 * exact.abs().clamp(min=final.smallest_normal)
-    bound += single.eps * (own.abs() + before.abs()).double()
+    final = torch.finfo(total.dtype)
+    bound = final.eps / 2 * exact.abs().clamp(min=final.smallest_normal) + floor
+    bound += torch.finfo(torch.float32).eps * before.abs().double()
     assert ((total.double() - exact).abs() <= bound).all()
 
 
