@@ -52,8 +52,9 @@ _written: dict[int, tuple[StorageWeakRef, int]] = {}
 
 def _buffer(unique: Tensor, shape: Sequence[int]) -> Tensor:
     buffer = unique.new_empty(shape)
-    for address in [a for a, (storage, _) in _written.items() if storage.expired()]:
-        del _written[address]
+    for address, (storage, _) in list(_written.items()):  # a list: other threads add to it
+        if storage.expired():
+            _written.pop(address, None)
     _written[buffer.data_ptr()] = StorageWeakRef(buffer.untyped_storage()), 0
     return buffer
 
