@@ -109,9 +109,7 @@ def _write(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor) -> Tensor:
     slot = token.shape[0]
     if buffer.numel():
         _claim(buffer, slot)
-    keys, values = buffer.data[slot].split([k.shape[-1], v.shape[-1]], -1)
-    keys.copy_(k)
-    values.copy_(v)
+    torch.cat([k, v], -1, out=buffer.data[slot])
     return _token(token, slot + 1)
 
 
