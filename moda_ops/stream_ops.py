@@ -10,9 +10,9 @@ A stream is two tensors:
 ``stream_write`` fills the next slot of the buffer *in place* although its schema says otherwise:
 declared as a mutation, every layer's buffer would be a value of its own that backward has to save.
 What makes this sound: a slot is written once, before any reader of it, which descends from the
-write's token; nobody reads a slot that his token does not cover; and writing again the same values,
-as activation checkpointing does, changes nothing. ``_claim`` and ``_check_written`` hold every real
-call to it.
+write's token; nobody reads a slot that the token in hand does not cover; and writing again the same
+values, as activation checkpointing does, changes nothing. ``_claim`` and ``_check_written`` hold
+every real call to it.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,8 @@ def _buffer(unique: Tensor, shape: Sequence[int]) -> Tensor:
     for address, (storage, _) in list(_written.items()):  # a list: other threads add to it
         if storage.expired():
             _written.pop(address, None)
-    _written[buffer.data_ptr()] = StorageWeakRef(buffer.untyped_storage()), 0
+    if buffer.numel():  # all empty ones have the same address
+        _written[buffer.data_ptr()] = StorageWeakRef(buffer.untyped_storage()), 0
     return buffer
 
 

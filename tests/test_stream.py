@@ -313,6 +313,15 @@ def test_a_failed_step_leaves_nothing_behind():
     assert all(map(torch.equal, results(model, allocate(4), x), expected))
 
 
+def test_streams_without_tokens():
+    """Empty buffers have no address of their own."""
+    x = random_input()[:, :0].detach().requires_grad_()
+    for _ in range(2):
+        stream = DepthStream.allocate(4, B, 0, H, D, DV, dtype=x.dtype)
+        out, grad = results(model, stream, x)
+        assert out.shape == grad.shape == x.shape
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference(mode):
     x = random_input()
