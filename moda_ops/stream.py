@@ -19,13 +19,13 @@ class DepthStream(NamedTuple):
     """The keys and values that the layers of a model have written so far, in one buffer.
 
     A value like any other: ``write`` and ``attend`` return the stream for the next layer, and the
-    one they were called on remains what it was. It is a tuple of two tensors, so that it passes
+    one they were called on remains what it was. It is a tuple of two tensors and an int: it passes
     through ``torch.compile``, ``torch.utils.checkpoint`` and module boundaries.
 
     Beside a list of slots (:func:`moda_attention`) it needs fewer tensors and no addition of
     gradients outside the kernels: in backward each layer reads the running gradient of the slots,
     adds its own, and hands it on. Memory saved for backward is the buffer, once, and what each
-    layer needs for itself. Compiled per block, all blocks after the first share their graph.
+    layer needs for itself. Compiled per block, any number of blocks shares a few graphs.
 
     Begin a new stream for every forward pass, and continue each value once: the slot after the last
     is written in place.
@@ -35,6 +35,7 @@ class DepthStream(NamedTuple):
             hold anything.
         token: (written, B, T, H, D + DV) in the dtype of gradients; one element of storage. It
             stands for the written slots in autograd.
+        head_dim: D, where keys end and values begin.
 
     Example:
         >>> B, T, HQ, H, D = 2, 16, 4, 2, 32
@@ -50,6 +51,7 @@ class DepthStream(NamedTuple):
 
     buffer: Tensor
     token: Tensor
+    head_dim: int
 
     @classmethod
     def allocate(
@@ -110,7 +112,7 @@ class DepthStream(NamedTuple):
         # An empty of its own, because a compiler may merge equal calls but never two empties.
         unique = torch.empty(0, dtype=dtype, device=device)
         buffer = torch.ops.moda.stream_buffer(unique, (slots, *shape))
-        return cls(buffer, torch.empty((0, *shape), dtype=grad_dtype, device=device))
+        return cls(buffer, torch.empty((0, *shape), dtype=grad_dtype, device=device), head_dim)
 
     @property
     def slots(self) -> int:
@@ -121,6 +123,12 @@ class DepthStream(NamedTuple):
     def written(self) -> int:
         """How many slots are written."""
         return self.token.shape[0]
+
+    def _check_head_dim(self, name: str, x: Tensor) -> None:
+        if x.shape[-1] != self.head_dim:
+            raise ValueError(
+                f"{name} must have the depth stream's head dim {self.head_dim}, got {x.shape[-1]}"
+            )
 
     def write(self, k: Tensor, v: Tensor) -> "DepthStream":
         """The stream with one more slot.
@@ -134,8 +142,9 @@ class DepthStream(NamedTuple):
             RuntimeError: this stream has been continued before.
         """
         check_tensors(k=k, v=v)
+        self._check_head_dim("k", k)
         token = torch.ops.moda.stream_write(k, v, self.buffer, self.token)
-        return DepthStream(self.buffer, token)
+        return DepthStream(self.buffer, token, self.head_dim)
 
     def attend(
         self,
@@ -166,6 +175,7 @@ class DepthStream(NamedTuple):
                 written.
         """
         check_tensors(q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
+        self._check_head_dim("q", q)
         check_option("scale", scale)
         check_option("softcap", softcap)
         left, right = window_sides(window)
@@ -181,7 +191,7 @@ class DepthStream(NamedTuple):
             window_right=right,
             softcap=softcap,
         )
-        return out, DepthStream(self.buffer, token)
+        return out, DepthStream(self.buffer, token, self.head_dim)
 
 
 class DepthSlots(NamedTuple):

@@ -16,10 +16,6 @@ def allocate(slots, **options):
     return DepthStream.allocate(slots, B, T, H, D, DV, **options)
 
 
-def begin(kind, slots=8, **options):
-    return DepthSlots() if kind is DepthSlots else allocate(slots, **options)
-
-
 def parts(x, i):
     """Some q, k and v of x (B, T, HQ, D), different for every i."""
     q, k, v = (x * WEIGHTS[i].to(x)).sin()
@@ -174,7 +170,7 @@ def test_opcheck(device, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_first_call_may_be_compiled_and_saves_the_buffer_once(backend):
+def test_first_call_may_be_compiled(backend):
     torch._dynamo.reset()
     x = random_input(torch.float32)
 
@@ -425,6 +421,11 @@ MISUSES = [
         "k and v must have D + DV = 12 in all to fit the depth stream, got D = 8 and DV = 8",
     ),
     (
+        lambda: allocate(1).write(V, K),
+        ValueError,
+        "k must have the depth stream's head dim 8, got 4",
+    ),
+    (
         lambda: allocate(1).write(K.float(), V),
         TypeError,
         "k must have dtype torch.float64 to fit the depth stream, got torch.float32",
@@ -458,7 +459,7 @@ MISUSES = [
     (
         lambda: allocate(1).write(K, V).attend(k_like(B, T, HQ, D + DV)),
         ValueError,
-        "q's head dim must be below the depth stream's D + DV = 12, got 12",
+        "q must have the depth stream's head dim 8, got 12",
     ),
     (
         lambda: allocate(1).attend(Q, K[:, :, :1], V[:, :, :1]),
