@@ -74,9 +74,15 @@ def check_attention(
         _check_input("k_depth", k_depth[0], (B, T, L, H, D), "(B, T, L, H, D)", q)
         _check_input("v_depth", v_depth[0], (B, T, L, H, DV), "(B, T, L, H, DV)", q)
     else:
-        for i, (k_slot, v_slot) in enumerate(zip(k_depth, v_depth, strict=True)):
-            _check_input(f"k_depth[{i}]", k_slot, (B, T, H, D), "(B, T, H, D)", q)
-            _check_input(f"v_depth[{i}]", v_slot, (B, T, H, DV), "(B, T, H, DV)", q)
+        dtype, device = q.dtype, q.device
+        for name, slots, shape, dims in (
+            ("k_depth", k_depth, (B, T, H, D), "(B, T, H, D)"),
+            ("v_depth", v_depth, (B, T, H, DV), "(B, T, H, DV)"),
+        ):
+            for i, x in enumerate(slots):  # there may be hundreds: the cheapest test first
+                fits = x.shape == shape and x.dtype is dtype and x.device == device
+                if not (fits and x.stride(-1) == 1):
+                    _check_input(f"{name}[{i}]", x, shape, dims, q)
     _check_options(options)
 
 

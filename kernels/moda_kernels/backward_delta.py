@@ -10,9 +10,10 @@ import triton.language as tl
 from moda_kernels.common import load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_lt", "T"])
 def _moda_delta_kernel(
-    dout_ptr, out_ptr, dlse_ptr, delta_ptr, dout_strides, out_strides, dlse_strides, B, T, HQ,
+    dout_ptr, out_ptr, dlse_ptr, delta_ptr, dout_strides, out_strides,
+    stride_lb, stride_lh, stride_lt, B, T, HQ,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % (B * HQ)
@@ -28,6 +29,6 @@ def _moda_delta_kernel(
     out = load_rows(out_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV).to(tl.float32)
     delta = tl.sum(dout * out, 1)
     if dlse_ptr is not None:
-        dlse = dlse_ptr + b * dlse_strides[0] + h * dlse_strides[1] + t * dlse_strides[2]
+        dlse = dlse_ptr + b * stride_lb + h * stride_lh + t * stride_lt
         delta -= tl.load(dlse, mask=ok, other=0.0)
     tl.store(delta_ptr + (b * HQ + h) * T + offs_t, delta, mask=ok)

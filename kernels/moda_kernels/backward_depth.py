@@ -46,7 +46,7 @@ def _store_gradient(
     tl.store(rows[:, :, None] + offs_d[None, None, :], grad.to(rows.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "L"])
 def _moda_backward_depth_kernel(
     q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, k_depth, v_depth, dk_depth, dv_depth, k_running, v_running,
     q_strides, dout_strides, scale, softcap, B, T, L, H,

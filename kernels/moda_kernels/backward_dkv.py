@@ -23,7 +23,7 @@ def _store_gradient(grad_ptr, strides, running_ptr, running_strides, grad, b, n,
     tl.store(rows[:, None] + offs_d[None, :], grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "left", "right"])
 def _moda_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, k_running_ptr, v_running_ptr,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, k_running_strides, v_running_strides,

@@ -18,7 +18,7 @@ from moda_kernels.common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "left", "right"])
 def _moda_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_depth_ptr, dq_ptr,
     q_strides, k_strides, v_strides, dout_strides, scale, left, right, softcap, B, T, S, H,

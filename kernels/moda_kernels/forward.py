@@ -115,7 +115,7 @@ def _attend_depth_by_sum(
     return tl.reshape(m_i, [BLOCK_M]), tl.reshape(l_i, [BLOCK_M]), tl.reshape(acc, [BLOCK_M, BLOCK_DV])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "L", "left", "right"])
 def _moda_forward_kernel(
     q_ptr, k_ptr, v_ptr, k_depth, v_depth, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, scale, left, right, softcap, B, T, S, L, H,

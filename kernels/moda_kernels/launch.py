@@ -1,6 +1,11 @@
-"""The two operators as launches: allocate results, look block sizes up, run the passes in order."""
+"""The two operators as launches: allocate results, look the launches up, run the passes in order.
 
-from typing import Any
+What does not depend on addresses (grids, block sizes, strides) is worked out once for all calls of one
+layout, and so is Triton's search for the compiled code.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,19 +17,60 @@ from moda_kernels.backward_depth import _moda_backward_depth_kernel
 from moda_kernels.backward_dkv import _moda_backward_dkv_kernel
 from moda_kernels.backward_dq import _moda_backward_dq_kernel
 from moda_kernels.forward import _moda_forward_kernel
-from moda_kernels.slots import depth_arguments
+from moda_kernels.launcher import Launch, Layout, layout
+from moda_kernels.slots import DepthLayout, depth_pointers
 
 KeyGradients = tuple[Any, Any, Any, Any]
 """For k, v, k_depth and v_depth, each in its form."""
 
-
-def _slot_count(depth: list[Tensor]) -> int:
-    return depth[0].shape[2] if depth and depth[0].dim() == 5 else len(depth)
+_LAYOUTS = 4096  # a model of 48 layers has 48, or 96, for each length and batch
 
 
-def _reach(side: int | None, T: int, S: int) -> int | None:
-    """The same window for T queries and S keys, small enough for 32-bit sums with positions."""
-    return None if side is None else min(side, T + S)
+class Problem(NamedTuple):
+    """Sizes and options of a call: q (B, T, G H, D), k (B, S, H, D), v (B, S, H, DV), L slots."""
+
+    B: int
+    T: int
+    S: int
+    L: int
+    H: int
+    G: int
+    D: int
+    DV: int
+    scale: float
+    left: int | None
+    right: int | None
+    softcap: float | None
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: list[Tensor],
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float | None,
+) -> Problem:
+    B, T, HQ, D = q.shape
+    S, H = k.shape[1], k.shape[2]
+    L = k_depth[0].shape[2] if k_depth and k_depth[0].dim() == 5 else len(k_depth)
+    # Windows that show the same keys, small enough for 32-bit sums with positions.
+    left, right = (side if side is None else min(side, T + S) for side in (left, right))
+    return Problem(B, T, S, L, H, HQ // H, D, v.shape[3], scale, left, right, softcap)
+
+
+@lru_cache(_LAYOUTS)
+def _forward(p: Problem, q: Layout, k: Layout, v: Layout, depth: DepthLayout) -> Launch:
+    tile = tuning.forward_tile(q.dtype, p.G, p.D, p.DV)
+    depth_tile = tuning.forward_depth(q.device, q.dtype, p.G, p.D, p.DV, tile.BLOCK_M)
+    return Launch(
+        _moda_forward_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H,
+        q.strides[:3], k.strides[:3], v.strides[:3], p.scale, p.left, p.right, p.softcap, p.B, p.T, p.S, p.L, p.H,
+        G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
+        ALIGNED=depth.aligned, **tile._asdict(), **depth_tile._asdict(),
+    )  # fmt: skip
 
 
 def attention(
@@ -39,25 +85,75 @@ def attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T) in float32, both contiguous."""
-    B, T, HQ, D = q.shape
-    S, H, DV = k.shape[1], k.shape[2], v.shape[3]
-    G, L = HQ // H, _slot_count(k_depth)
-    left, right = _reach(left, T, S), _reach(right, T, S)
-    out = q.new_empty(B, T, HQ, DV)
-    lse = q.new_empty(B, HQ, T, dtype=torch.float32)
+    p = _problem(q, k, v, k_depth, scale, left, right, softcap)
+    out = q.new_empty(p.B, p.T, p.H * p.G, p.DV)
+    lse = q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    tile = tuning.forward_tile(q.dtype, G, D, DV)
-    depth_tile = tuning.forward_depth(q, DV, G, tile.BLOCK_M)
     with torch.cuda.device_of(q):
-        depth, aligned = depth_arguments(k_depth, v_depth) if L else ([None, None], False)
-        _moda_forward_kernel[(triton.cdiv(T * G, tile.BLOCK_M) * B * H,)](
-            q, k, v, *depth, out, lse, q.stride()[:3], k.stride()[:3], v.stride()[:3],
-            scale, left, right, softcap, B, T, S, L, H, G=G, D=D, DV=DV,
-            BLOCK_D=tuning.block_dim(D), BLOCK_DV=tuning.block_dim(DV), ALIGNED=aligned,
-            **tile._asdict(), **depth_tile._asdict(),
-        )  # fmt: skip
+        depth, depth_layout = depth_pointers(k_depth, v_depth) if p.L else ([None, None], DepthLayout())
+        launch = _forward(p, *map(layout, (q, k, v)), depth_layout)
+        launch(q, k, v, *depth, out, lse)
     return out, lse
+
+
+def _strides(x: Layout | None) -> tuple[int, ...] | None:
+    return None if x is None else x.strides[:3]
+
+
+class Backward(NamedTuple):
+    """The passes of backward, in their order."""
+
+    delta: Launch
+    depth: Launch | None
+    dq: Launch
+    dkv: Launch
+
+
+@lru_cache(_LAYOUTS)
+def _backward(
+    p: Problem,
+    depth: DepthLayout,
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    out: Layout,
+    lse: Layout,
+    dout: Layout,
+    dlse: Layout | None,
+    dk: Layout,
+    dv: Layout,
+    k_running: Layout | None,
+    v_running: Layout | None,
+) -> Backward:
+    block_dv = tuning.block_dim(p.DV)
+    dims = dict(G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=block_dv)
+    masks = p.left, p.right, p.softcap
+    depth_tile = tuning.backward_depth_tile(p.G, p.D, p.DV)
+    dq_tile = tuning.backward_dq_tile(q.dtype, p.D, p.DV)
+    dkv_tile = tuning.backward_dkv_tile(q.dtype, p.D, p.DV)
+    return Backward(
+        Launch(
+            _moda_delta_kernel, triton.cdiv(p.T, 64) * p.B * p.H * p.G,
+            _strides(dout), _strides(out), *(_strides(dlse) or (None,) * 3), p.B, p.T, p.H * p.G,
+            DV=p.DV, BLOCK_M=64, BLOCK_DV=block_dv,
+        ),
+        Launch(
+            _moda_backward_depth_kernel, triton.cdiv(p.T, depth_tile.BLOCK_T) * p.B * p.H,
+            _strides(q), _strides(dout), p.scale, p.softcap, p.B, p.T, p.L, p.H,
+            ALIGNED=depth.aligned, **dims, **depth_tile._asdict(),
+        ) if p.L else None,
+        Launch(
+            _moda_backward_dq_kernel, triton.cdiv(p.T * p.G, dq_tile.BLOCK_M) * p.B * p.H,
+            _strides(q), _strides(k), _strides(v), _strides(dout), p.scale, *masks, p.B, p.T, p.S, p.H,
+            **dims, **dq_tile._asdict(),
+        ),
+        Launch(
+            _moda_backward_dkv_kernel, triton.cdiv(p.S, dkv_tile.BLOCK_N) * p.B * p.H,
+            *map(_strides, (q, k, v, dout, dk, dv, k_running, v_running)), p.scale, *masks, p.B, p.T, p.S, p.H,
+            **dims, **dkv_tile._asdict(),
+        ),
+    )  # fmt: skip
 
 
 def attention_backward(
@@ -82,10 +178,7 @@ def attention_backward(
     Those of keys and values go into ``grads`` where that is given, and else into new contiguous tensors.
     ``running`` is what later readers have left for them and is added; None stands for nothing.
     """
-    B, T, HQ, D = q.shape
-    S, H, DV = k.shape[1], k.shape[2], v.shape[3]
-    G, L = HQ // H, _slot_count(k_depth)
-    left, right = _reach(left, T, S), _reach(right, T, S)
+    p = _problem(q, k, v, k_depth, scale, left, right, softcap)
     dq = q.new_empty(q.shape)
     dk, dv, dk_depth, dv_depth = grads or (
         k.new_empty(k.shape),
@@ -98,33 +191,16 @@ def attention_backward(
         return dq, dk.zero_(), dv.zero_(), dk_depth, dv_depth
     if dout.stride(-1) != 1:  # autograd hands down expanded gradients
         dout = dout.contiguous()
-    dims = dict(D=D, DV=DV, BLOCK_D=tuning.block_dim(D), BLOCK_DV=tuning.block_dim(DV))
     delta = torch.empty_like(lse)
-    dq_depth = torch.empty(q.shape, dtype=torch.float32, device=q.device) if L else None
-    q_strides, k_strides, v_strides, dout_strides = (x.stride()[:3] for x in (q, k, v, dout))
+    dq_depth = torch.empty(q.shape, dtype=torch.float32, device=q.device) if p.L else None
     with torch.cuda.device_of(q):
-        _moda_delta_kernel[(triton.cdiv(T, 64) * B * HQ,)](
-            dout, out, dlse, delta, dout_strides, out.stride()[:3], None if dlse is None else dlse.stride(), B, T, HQ,
-            DV=DV, BLOCK_M=64, BLOCK_DV=tuning.block_dim(DV),
-        )  # fmt: skip
-        if L:
-            depth, aligned = depth_arguments(k_depth, v_depth, dk_depth, dv_depth, *depth_running)
-            depth += [None] * (6 - len(depth))
-            depth_tile = tuning.backward_depth_tile(G, D, DV)
-            _moda_backward_depth_kernel[(triton.cdiv(T, depth_tile.BLOCK_T) * B * H,)](
-                q, dout, lse, delta, dq_depth, *depth, q_strides, dout_strides, scale, softcap,
-                B, T, L, H, G=G, ALIGNED=aligned, **dims, **depth_tile._asdict(),
-            )  # fmt: skip
-        tile = tuning.backward_dq_tile(q.dtype, D, DV)
-        _moda_backward_dq_kernel[(triton.cdiv(T * G, tile.BLOCK_M) * B * H,)](
-            q, k, v, dout, lse, delta, dq_depth, dq, q_strides, k_strides, v_strides, dout_strides,
-            scale, left, right, softcap, B, T, S, H, G=G, **dims, **tile._asdict(),
-        )  # fmt: skip
-        tile = tuning.backward_dkv_tile(q.dtype, D, DV)
-        _moda_backward_dkv_kernel[(triton.cdiv(S, tile.BLOCK_N) * B * H,)](
-            q, k, v, dout, lse, delta, dk, dv, k_running, v_running, q_strides, k_strides, v_strides,
-            dout_strides, dk.stride()[:3], dv.stride()[:3],
-            *(None if x is None else x.stride()[:3] for x in (k_running, v_running)),
-            scale, left, right, softcap, B, T, S, H, G=G, **dims, **tile._asdict(),
-        )  # fmt: skip
+        depths = k_depth, v_depth, dk_depth, dv_depth, *depth_running
+        depth, depth_layout = depth_pointers(*depths) if p.L else ([], DepthLayout())
+        tensors = q, k, v, out, lse, dout, dlse, dk, dv, k_running, v_running
+        passes = _backward(p, depth_layout, *map(layout, tensors))
+        passes.delta(dout, out, dlse, delta)
+        if passes.depth is not None:
+            passes.depth(q, dout, lse, delta, dq_depth, *depth, *[None] * (6 - len(depth)))
+        passes.dq(q, k, v, dout, lse, delta, dq_depth, dq)
+        passes.dkv(q, k, v, dout, lse, delta, dk, dv, k_running, v_running)
     return dq, dk, dv, dk_depth, dv_depth

@@ -7,35 +7,53 @@ host-to-device copy that needs no pinned memory to outlive the call and no synch
 it can be captured in a CUDA graph.
 """
 
-from typing import Any
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moda_kernels.launcher import Launch, layout
+
 _WORDS = 128  # per launch; a CUDA kernel takes at most 4 KB of arguments
 
 
 @triton.jit
-def _write_words_kernel(table_ptr, start, words):
+def _write_words_kernel(table_ptr, words):
     for i in tl.static_range(len(words)):
-        tl.store(table_ptr + start + i, (words[i] - (1 << 62)) >> 1)
+        tl.store(table_ptr + i, words[i])
 
 
-def _encode(word: int) -> int:
-    """An odd int64 far from 1 and beyond int32: Triton compiles one kernel whatever the words are."""
-    return (1 << 62) + 2 * word + 1
+@lru_cache
+def _write_words(device: torch.device) -> Launch:
+    """``_write_words_kernel``, compiled for any words: Triton makes a constant of a 1, and takes 32 bits
+    for a number that fits, so that it must see large ones first.
+    """
+    launch = Launch(_write_words_kernel, 1, num_warps=1)
+    launch(torch.empty(_WORDS, dtype=torch.int64, device=device), (2**62 + 1,) * _WORDS)
+    return launch
 
 
-def depth_arguments(*depths: list[Tensor]) -> tuple[list[Any], bool]:
-    """For each depth (L slots, or a list of one packed tensor) what ``slot_rows`` takes; and ALIGNED.
+class DepthLayout(NamedTuple):
+    """What launches that read depth slots are prepared for."""
+
+    aligned: bool = False  # ALIGNED of ``slot_rows``
+    tensors: tuple[Hashable, ...] = ()
+
+
+def depth_pointers(*depths: list[Tensor]) -> tuple[list[Any], DepthLayout]:
+    """For each depth (L slots, or a list of one packed tensor) what ``slot_rows`` takes; and their layout.
 
     All depths have the same number L >= 1 of slots, on one device; as slots, also one dtype.
     """
     first = depths[0][0]
     if first.dim() == 5:
-        return [(packed, *packed.stride()[:4]) for (packed,) in depths], False
+        packed = [depth[0] for depth in depths]
+        pointers: list[Any] = [(x, *x.stride()[:4]) for x in packed]
+        return pointers, DepthLayout(tensors=tuple(map(layout, packed)))
     layouts: dict[tuple[int, ...], int] = {}
     words, misaligned = [], 0
     for depth in depths:
@@ -43,14 +61,15 @@ def depth_arguments(*depths: list[Tensor]) -> tuple[list[Any], bool]:
             address = slot.data_ptr()
             misaligned |= address
             words.append(layouts.setdefault(slot.stride(), len(layouts)) << 50 | address)
+        words += [0] * (len(words) % 2)  # each part begins on 16 bytes
+    part = len(words) // len(depths)
     for stride_b, stride_t, stride_h, _ in layouts:
         words += stride_b, stride_t, stride_h
         misaligned |= (stride_b | stride_t | stride_h) * first.element_size()
     words += [0] * (-len(words) % _WORDS)
     table = torch.empty(len(words), dtype=torch.int64, device=first.device)
     for start in range(0, len(words), _WORDS):
-        chunk = tuple(map(_encode, words[start : start + _WORDS]))
-        _write_words_kernel[(1,)](table, start, chunk, num_warps=1)
-    L = len(depths[0])
-    strides = table[L * len(depths) :]
-    return [(table[i * L :], strides) for i in range(len(depths))], misaligned % 16 == 0
+        _write_words(first.device)(table[start:], tuple(words[start : start + _WORDS]))
+    strides = table[part * len(depths) :]
+    pointers = [(table[part * i :], strides) for i in range(len(depths))]
+    return pointers, DepthLayout(misaligned % 16 == 0, (first.dtype,))

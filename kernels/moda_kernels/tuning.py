@@ -64,13 +64,15 @@ def forward_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> Tile:
     return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 2)
 
 
-def forward_depth(q: torch.Tensor, DV: int, G: int, BLOCK_M: int) -> ForwardDepth:
+def forward_depth(
+    device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, BLOCK_M: int
+) -> ForwardDepth:
     """Dots where the group fills them and a block of slots for all tokens fits; else sums."""
-    width = block_dim(q.shape[-1]) + block_dim(DV)
-    if q.dtype is not torch.float32 and G >= 8 and BLOCK_M % G == 0:
+    width = block_dim(D) + block_dim(DV)
+    if dtype is not torch.float32 and G >= 8 and BLOCK_M % G == 0:
         stages = 2 if width <= 128 and G < 16 else 1
-        slots = BLOCK_M // G * 16 * width * q.element_size()
-        if 2 * stages * slots <= shared_memory(q.device):
+        slots = BLOCK_M // G * 16 * width * dtype.itemsize
+        if 2 * stages * slots <= shared_memory(device):
             return ForwardDepth(True, 16, stages)
     return ForwardDepth(False, 2 if width <= 256 else 1, 3 if width <= 128 else 2)
 

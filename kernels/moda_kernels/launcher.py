@@ -1,0 +1,45 @@
+"""A launch that is prepared once: all of a kernel's arguments but its pointers.
+
+Triton inspects every argument of every launch to find the compiled code, which takes longer than the
+launch itself. A ``Launch`` lets it do so once. That is sound as long as all calls of a ``Launch`` agree
+in what Triton inspects: the device, and the pointers' dtypes and whether they are multiples of 16.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """What a tensor's launches are prepared for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    misalignment: int  # bytes past the last multiple of 16
+
+
+def layout(x: Tensor | None) -> Layout | None:
+    return None if x is None else Layout(x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16)
+
+
+class Launch:
+    """``programs`` programs of a kernel whose parameters are pointers, then ``arguments``, then constants.
+
+    ``constants`` are its constexpr parameters, by name, and the compiler's options.
+    """
+
+    def __init__(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        self._grid = programs, 1, 1
+        self._first = kernel[self._grid]
+        self._arguments, self._constants = arguments, constants
+        self._placeholders = (None,) * sum(name in constants for name in kernel.arg_names)
+        self._compiled: Any = None
+
+    def __call__(self, *pointers: Any) -> None:
+        if self._compiled is None:  # as it stays under the interpreter
+            self._compiled = self._first(*pointers, *self._arguments, **self._constants)
+        else:
+            self._compiled[self._grid](*pointers, *self._arguments, *self._placeholders)
