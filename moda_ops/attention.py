@@ -8,6 +8,7 @@ from torch import Tensor
 
 Depth = Sequence[Tensor] | Tensor
 Window = int | tuple[int | None, int | None]
+Plan = Literal["auto", "fused", "split"]
 
 
 @overload
@@ -22,6 +23,7 @@ def moda_attention(
     scale: float | None = ...,
     window: Window | None = ...,
     softcap: float | None = ...,
+    plan: Plan = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -38,6 +40,7 @@ def moda_attention(
     scale: float | None = ...,
     window: Window | None = ...,
     softcap: float | None = ...,
+    plan: Plan = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -53,6 +56,7 @@ def moda_attention(
     scale: float | None = None,
     window: Window | None = None,
     softcap: float | None = None,
+    plan: Plan = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attend, under one softmax, to a sequence's keys and to the depth keys of the query's token.
@@ -82,6 +86,12 @@ def moda_attention(
             ends included, ``None`` on a side is unbounded; an int w means (w, w). Under ``causal``
             nothing on the right is visible whatever ``right`` says.
         softcap: c > 0 replaces each score x, of both kinds, by c * tanh(x / c).
+        plan: on a GPU, "fused" runs Triton kernels alone; "split" leaves the sequence to the
+            library behind ``scaled_dot_product_attention`` and runs Triton kernels for depth;
+            "auto" takes the one that measures faster for the shapes. Results are the same up to
+            rounding; those of a split backward may differ from run to run, as the library's do,
+            unless ``torch.use_deterministic_algorithms`` is on. Backward passes that a library
+            cannot do, as of a gradient through ``lse``, are fused. On a CPU all plans are one.
         return_lse: also return ``lse``.
 
     Returns:
@@ -91,7 +101,9 @@ def moda_attention(
 
     Raises:
         TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
-        ValueError: shapes, devices or strides that do not fit, or an option outside its range.
+        ValueError: shapes, devices or strides that do not fit, an option outside its range, or
+            ``plan="split"`` for a forward that no library covers (float32, a window, softcap, a
+            causal mask with S > T).
 
     Example:
         >>> import torch
@@ -113,6 +125,7 @@ def moda_attention(
         raise ValueError(f"{given} is given but {missing} is None; give both or neither")
     check_option("scale", scale)
     check_option("softcap", softcap)
+    check_plan(plan)
     left, right = window_sides(window)
     out, lse = torch.ops.moda.attention(
         q,
@@ -125,6 +138,7 @@ def moda_attention(
         window_left=left,
         window_right=right,
         softcap=softcap,
+        plan=plan,
     )
     return (out, lse) if check_bool("return_lse", return_lse) else out
 
@@ -144,6 +158,11 @@ def check_bool(name: str, value: object) -> bool:
 def check_option(name: str, value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name} must be a number or None, got {value!r}")
+
+
+def check_plan(value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"plan must be a string, got {value!r}")
 
 
 def _slot_list(name: str, depth: Depth | None) -> list[Tensor]:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moda_ops.ops import Options
 
 MAX_HEAD_DIM = 256
+PLANS = ("auto", "fused", "split")
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
@@ -113,6 +114,8 @@ def _check_sequence(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_options(options: "Options") -> None:
+    if options.plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(map(repr, PLANS))}, got {options.plan!r}")
     if options.scale is not None and not math.isfinite(options.scale):
         raise ValueError(f"scale must be finite, got {options.scale}")
     if options.softcap is not None and not 0 < options.softcap < math.inf:

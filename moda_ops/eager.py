@@ -3,7 +3,7 @@
 Memory is O(T * S) for the sequence scores and O(T * L) for the depth scores: no depth slot is ever
 copied or stacked. float16 and bfloat16 are computed in float32, as the kernels do, and autocast
 reaches in as little as into a kernel. A query at key position p sees the keys of the band
-[p - left, p + right]; None is unbounded, causal is right = 0.
+[p - left, p + right]; None is unbounded, causal is right = 0. All plans are this one.
 """
 
 from typing import Any
@@ -82,6 +82,7 @@ def attention(
     left: int | None,
     right: int | None,
     softcap: float | None,
+    plan: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``moda::attention``: out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T)."""
     H, S = k.shape[2], k.shape[1]
@@ -111,6 +112,7 @@ def attention_backward(
     left: int | None,
     right: int | None,
     softcap: float | None,
+    plan: str = "auto",
     grads: KeyGradients | None = None,
     running: KeyGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:

@@ -17,7 +17,7 @@ from moda_ops.checks import check_attention, check_backward
 LIBRARY = torch.library.Library("moda", "DEF")  # the registrations live as long as this object
 OPTIONS = (
     "*, bool causal=True, float? scale=None, SymInt? window_left=None, SymInt? window_right=None, "
-    "float? softcap=None"
+    "float? softcap=None, str plan='auto'"
 )
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "
@@ -44,11 +44,13 @@ class Options(NamedTuple):
     window_left: int | None = None
     window_right: int | None = None
     softcap: float | None = None
+    plan: str = "auto"
 
-    def resolved(self, head_dim: int) -> tuple[float, int | None, int | None, float | None]:
-        """(scale, left, right, softcap) as implementations take them: causal is right = 0."""
+    def resolved(self, head_dim: int) -> tuple[float, int | None, int | None, float | None, str]:
+        """(scale, left, right, softcap, plan) as implementations take them: causal is right = 0."""
         scale = 1 / math.sqrt(head_dim) if self.scale is None else self.scale
-        return scale, self.window_left, 0 if self.causal else self.window_right, self.softcap
+        right = 0 if self.causal else self.window_right
+        return scale, self.window_left, right, self.softcap, self.plan
 
 
 def implementation(q: Tensor) -> Any:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from moda_ops.attention import (
+    Plan,
     Window,
     check_bool,
     check_option,
+    check_plan,
     check_tensors,
     moda_attention,
     window_sides,
@@ -156,6 +158,7 @@ class DepthStream(NamedTuple):
         scale: float | None = None,
         window: Window | None = None,
         softcap: float | None = None,
+        plan: Plan = "auto",
     ) -> "tuple[Tensor, DepthStream]":
         """What :func:`moda_attention` computes, with depth read from the stream.
 
@@ -164,7 +167,7 @@ class DepthStream(NamedTuple):
             k: sequence keys (B, S, H, D). If k and v are None, the newest slot is the sequence, and
                 depth are the slots before it.
             v: sequence values (B, S, H, DV).
-            causal, scale, window, softcap: as in :func:`moda_attention`.
+            causal, scale, window, softcap, plan: as in :func:`moda_attention`.
 
         Returns:
             ``out`` (B, T, HQ, DV) and the stream to pass on: through it the gradients of later
@@ -178,6 +181,7 @@ class DepthStream(NamedTuple):
         self._check_head_dim("q", q)
         check_option("scale", scale)
         check_option("softcap", softcap)
+        check_plan(plan)
         left, right = window_sides(window)
         out, _, token = torch.ops.moda.stream_attention(
             q,
@@ -190,6 +194,7 @@ class DepthStream(NamedTuple):
             window_left=left,
             window_right=right,
             softcap=softcap,
+            plan=plan,
         )
         return out, DepthStream(self.buffer, token, self.head_dim)
 
@@ -238,6 +243,7 @@ class DepthSlots(NamedTuple):
         scale: float | None = None,
         window: Window | None = None,
         softcap: float | None = None,
+        plan: Plan = "auto",
     ) -> "tuple[Tensor, DepthSlots]":
         """``out`` (B, T, HQ, DV) and the stream to pass on; see :meth:`DepthStream.attend`."""
         k_depth, v_depth = list(self.k), list(self.v)
@@ -249,6 +255,15 @@ class DepthSlots(NamedTuple):
                 )
             k, v = k_depth.pop(), v_depth.pop()
         out = moda_attention(
-            q, k, v, k_depth, v_depth, causal=causal, scale=scale, window=window, softcap=softcap
+            q,
+            k,
+            v,
+            k_depth,
+            v_depth,
+            causal=causal,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            plan=plan,
         )
         return out, self

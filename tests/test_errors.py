@@ -58,6 +58,8 @@ CASES = [
     (dict(window=-1), ValueError, "window sides must be >= 0 (None is unbounded), got -1"),
     (dict(window=(1, 2, 3)), TypeError, "window must be None, an int or a pair (left, right), got (1, 2, 3)"),
     (dict(window=(1.5, 0)), TypeError, "window sides must be ints or None, got (1.5, 0)"),
+    (dict(plan=3), TypeError, "plan must be a string, got 3"),
+    (dict(plan="fast"), ValueError, "plan must be one of 'auto', 'fused', 'split', got 'fast'"),
 ]  # fmt: skip
 
 

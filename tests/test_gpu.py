@@ -172,28 +172,6 @@ def test_kernels_per_layer_do_not_depend_on_the_stream():
     assert nine - six == six - three > 0
 
 
-def test_launches_do_not_depend_on_length_or_slots():
-    """No recompilation for a new T or L: they are run-time values of the kernels."""
-    from moda_kernels import launch
-
-    def variants() -> int:
-        kernels = (launch._moda_forward_kernel, launch._moda_backward_depth_kernel)
-        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
-
-    def call(T: int, L: int) -> None:
-        inputs = make_inputs(1, T, 8, 2, 64, L, dtype=torch.bfloat16, device="cuda")
-        forward_backward(inputs.map(lambda x: x.requires_grad_()), torch.ones_like(inputs.q))
-
-    call(37, 3)
-    call(48, 16)  # Triton compiles once more for multiples of 16
-    call(37, 16)
-    call(48, 3)
-    before = variants()
-    for T, L in ((39, 5), (112, 32), (101, 80), (64, 33)):
-        call(T, L)
-    assert variants() == before
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_graph_that_would_write_to_a_copy_is_an_error():
     """Per-block graphs copy their inputs, also the buffer of a stream made outside of them."""

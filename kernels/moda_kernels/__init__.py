@@ -4,6 +4,6 @@
 ``moda_ops.eager`` and trust their arguments: ``moda_ops`` has checked them.
 """
 
-from moda_kernels.launch import attention, attention_backward
+from moda_kernels.operators import attention, attention_backward
 
 __all__ = ["attention", "attention_backward"]

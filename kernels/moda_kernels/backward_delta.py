@@ -4,10 +4,14 @@ With p = exp(score - lse), d out / d score = p (v - out) and d lse / d score = p
 ds = p (dout . v - delta). One program reads BLOCK_M tokens of one query head.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from moda_kernels import tuning
 from moda_kernels.common import load_rows
+from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 
 
 @triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_lt", "T"])
@@ -32,3 +36,20 @@ def _moda_delta_kernel(
         dlse = dlse_ptr + b * stride_lb + h * stride_lh + t * stride_lt
         delta -= tl.load(dlse, mask=ok, other=0.0)
     tl.store(delta_ptr + (b * HQ + h) * T + offs_t, delta, mask=ok)
+
+
+@prepared
+def _prepare(p: Problem, dout: Layout, out: Layout, dlse: Layout | None) -> Launch:
+    BLOCK_M = 64
+    return Launch(
+        _moda_delta_kernel, triton.cdiv(p.T, BLOCK_M) * p.B * p.H * p.G,
+        dout.strides[:3], out.strides[:3], *(dlse.strides if dlse else (None,) * 3), p.B, p.T, p.H * p.G,
+        DV=p.DV, BLOCK_M=BLOCK_M, BLOCK_DV=tuning.block_dim(p.DV),
+    )  # fmt: skip
+
+
+def launch_delta(p: Problem, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    """delta (B, HQ, T) in float32, contiguous."""
+    delta = out.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
+    _prepare(p, layout(dout), layout(out), layout(dlse))(dout, out, dlse, delta)
+    return delta

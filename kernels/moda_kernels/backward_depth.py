@@ -7,13 +7,21 @@ dk and dv plus what later readers of the slot have left, if they have. Slot l of
 G query heads of that token alone, so one program owns a tile of tokens of one key/value head, walks
 over the slots, and adds the heads up itself: no atomics. All products are matrix products batched over
 the tile's tokens, transposed ([slot, head]) so that the sums over heads need no further transposition.
-Depth's share of dq is float32 and unscaled.
+Depth's share of dq is float32 and unscaled; where ``dq_sequence`` is given, (pointer, strides) of the
+sequence's share, dq is the finished sum of both (of a group that goes by in one part).
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from moda_kernels import tuning
 from moda_kernels.common import LOG2E, base2_scores, load_rows, slot_rows, softcap_slope
+from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.slots import DepthLayout, depth_pointers
 
 
 @triton.jit
@@ -48,7 +56,7 @@ def _store_gradient(
 
 @triton.jit(do_not_specialize=["T", "L"])
 def _moda_backward_depth_kernel(
-    q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, k_depth, v_depth, dk_depth, dv_depth, k_running, v_running,
+    q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dq_sequence, k_depth, v_depth, dk_depth, dv_depth, k_running, v_running,
     q_strides, dout_strides, scale, softcap, B, T, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGNED: tl.constexpr,
@@ -116,4 +124,37 @@ def _moda_backward_depth_kernel(
     if ONE_PASS:
         dq_ptrs = (dq_base + offs_g[None, :] * D)[:, :, None] + offs_d[None, None, :]
         dq_ok = (offs_t < T)[:, None] & (offs_g < G)[None, :]
-        tl.store(dq_ptrs, dq, mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])
+        if dq_sequence is not None:
+            dq_rows = dq_sequence[0] + b * dq_sequence[1] + t * dq_sequence[2] + j * G * dq_sequence[3]
+            dq_rows = dq_rows + offs_g.to(tl.int64)[None, :] * dq_sequence[3]
+            dq = dq * scale + load_rows(dq_rows[:, :, None] + offs_d[None, None, :], dq_ok, offs_d, D)
+        tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])
+
+
+@prepared
+def _prepare(
+    p: Problem, q: Layout, dout: Layout, lse: Layout, dq_sequence: Layout | None, depth: DepthLayout
+) -> Launch:
+    tile = tuning.backward_depth_tile(p.G, p.D, p.DV)
+    return Launch(
+        _moda_backward_depth_kernel, triton.cdiv(p.T, tile.BLOCK_T) * p.B * p.H,
+        q.strides[:3], dout.strides[:3], p.scale, p.softcap, p.B, p.T, p.L, p.H,
+        G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
+        ALIGNED=depth.aligned, **tile._asdict(),
+    )  # fmt: skip
+
+
+def launch_backward_depth(
+    p: Problem, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, *depths: Any, dq_sequence: Tensor | None = None
+) -> Tensor:
+    """dq (B, T, HQ, D), contiguous: depth's unscaled share in float32, or, on top of the sequence's, all of it.
+
+    ``depths`` are k_depth, v_depth and their gradients, which this writes, then, if there are any, those of
+    later readers.
+    """
+    depth, depth_layout = depth_pointers(*depths)
+    dq = q.new_empty(q.shape, dtype=torch.float32 if dq_sequence is None else q.dtype)
+    share = None if dq_sequence is None else (dq_sequence, *dq_sequence.stride()[:3])
+    launch = _prepare(p, *map(layout, (q, dout, lse, dq_sequence)), depth_layout)
+    launch(q, dout, lse, delta, dq, share, *depth, *[None] * (6 - len(depth)))
+    return dq

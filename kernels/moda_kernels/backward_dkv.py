@@ -8,8 +8,11 @@ key/value head and walks over those rows, BLOCK_M at a time.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from moda_kernels import tuning
 from moda_kernels.common import LOG2E, band_mask, base2_scores, load_rows, softcap_slope
+from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 
 
 @triton.jit
@@ -90,3 +93,26 @@ def _moda_backward_dkv_kernel(
 
     _store_gradient(dk_ptr, dk_strides, k_running_ptr, k_running_strides, dk * scale, b, n, j, n_ok, offs_d, D)
     _store_gradient(dv_ptr, dv_strides, v_running_ptr, v_running_strides, dv, b, n, j, n_ok, offs_dv, DV)
+
+
+@prepared
+def _prepare(
+    p: Problem, q: Layout, k: Layout, v: Layout, dout: Layout, lse: Layout, dk: Layout, dv: Layout,
+    k_running: Layout | None, v_running: Layout | None,
+) -> Launch:  # fmt: skip
+    tile = tuning.backward_dkv_tile(q.dtype, p.D, p.DV)
+    layouts = q, k, v, dout, dk, dv, k_running, v_running
+    return Launch(
+        _moda_backward_dkv_kernel, triton.cdiv(p.S, tile.BLOCK_N) * p.B * p.H,
+        *(x and x.strides[:3] for x in layouts), p.scale, p.left, p.right, p.softcap, p.B, p.T, p.S, p.H,
+        G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV), **tile._asdict(),
+    )  # fmt: skip
+
+
+def launch_dkv(
+    p: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
+    k_running: Tensor | None, v_running: Tensor | None,
+) -> None:  # fmt: skip
+    """Write dk (B, S, H, D) and dv (B, S, H, DV), plus what is running."""
+    launch = _prepare(p, *map(layout, (q, k, v, dout, lse, dk, dv, k_running, v_running)))
+    launch(q, k, v, dout, lse, delta, dk, dv, k_running, v_running)

@@ -7,7 +7,9 @@ Tiles and key ranges are the forward's: BLOCK_M (token, group) rows of one key/v
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from moda_kernels import tuning
 from moda_kernels.common import (
     LOG2E,
     band_mask,
@@ -16,6 +18,7 @@ from moda_kernels.common import (
     load_rows,
     softcap_slope,
 )
+from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 
 
 @triton.jit(do_not_specialize=["T", "S", "left", "right"])
@@ -74,3 +77,23 @@ def _moda_backward_dq_kernel(
         dq += load_rows(dq_depth_ptr + offsets, row_ok, offs_d, D)
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + offsets, dq, mask=row_ok[:, None] & (offs_d < D)[None, :])
+
+
+@prepared
+def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, dout: Layout, lse: Layout, dq_depth: Layout | None) -> Launch:
+    tile = tuning.backward_dq_tile(q.dtype, p.D, p.DV)
+    return Launch(
+        _moda_backward_dq_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H,
+        q.strides[:3], k.strides[:3], v.strides[:3], dout.strides[:3],
+        p.scale, p.left, p.right, p.softcap, p.B, p.T, p.S, p.H,
+        G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV), **tile._asdict(),
+    )  # fmt: skip
+
+
+def launch_dq(
+    p: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq_depth: Tensor | None
+) -> Tensor:
+    """dq (B, T, HQ, D) in q's dtype, contiguous."""
+    dq = q.new_empty(q.shape)
+    _prepare(p, *map(layout, (q, k, v, dout, lse, dq_depth)))(q, k, v, dout, lse, delta, dq_depth, dq)
+    return dq

@@ -7,18 +7,16 @@ head. The state (m_i, l_i, acc) of the online softmax stays in registers from th
 last; which key set comes first makes no difference to it.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from moda_kernels.common import (
-    LN2,
-    band_mask,
-    base2_scores,
-    key_range,
-    load_rows,
-    online_softmax,
-    slot_rows,
-)
+from moda_kernels import tuning
+from moda_kernels.common import LN2, band_mask, base2_scores, key_range, load_rows, online_softmax
+from moda_kernels.forward_depth import attend_depth
+from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.slots import DepthLayout, depth_pointers
 
 
 @triton.jit
@@ -53,68 +51,6 @@ def _attend_sequence(
     return m_i, l_i, acc
 
 
-@triton.jit
-def _attend_depth_by_dot(
-    q, m_i, l_i, acc, k_depth, v_depth, b, j, first_token, T, L, scale, softcap,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over depth, [G, D] x [D, BLOCK_L] products batched over the tile's tokens."""
-    BLOCK_M: tl.constexpr = q.shape[0]
-    BLOCK_D: tl.constexpr = q.shape[1]
-    BLOCK_DV: tl.constexpr = acc.shape[1]
-    BLOCK_T: tl.constexpr = BLOCK_M // G
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    offs_t = first_token + tl.arange(0, BLOCK_T)
-    q = tl.reshape(q, [BLOCK_T, G, BLOCK_D])
-    acc = tl.reshape(acc, [BLOCK_T, G, BLOCK_DV])
-    m_i = tl.reshape(m_i, [BLOCK_T, G])
-    l_i = tl.reshape(l_i, [BLOCK_T, G])
-    for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
-        offs_l = start + tl.arange(0, BLOCK_L)
-        ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
-        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
-        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
-        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
-        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV)
-        qk = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")  # [BLOCK_T, G, BLOCK_L]
-        scores = tl.where((offs_l < L)[None, None, :], base2_scores(qk, scale, softcap), float("-inf"))
-        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
-        acc = acc * alpha[:, :, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    return tl.reshape(m_i, [BLOCK_M]), tl.reshape(l_i, [BLOCK_M]), tl.reshape(acc, [BLOCK_M, BLOCK_DV])
-
-
-@triton.jit
-def _attend_depth_by_sum(
-    q, m_i, l_i, acc, k_depth, v_depth, b, j, offs_t, T, L, scale, softcap, GROUP: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over depth in plain multiply-adds; GROUP adjacent rows share a token."""
-    BLOCK_M: tl.constexpr = q.shape[0]
-    BLOCK_D: tl.constexpr = q.shape[1]
-    BLOCK_DV: tl.constexpr = acc.shape[1]
-    BLOCK_T: tl.constexpr = BLOCK_M // GROUP
-    dtype: tl.constexpr = q.dtype
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    q = tl.reshape(q, [BLOCK_T, GROUP, 1, BLOCK_D]).to(tl.float32)
-    acc = tl.reshape(acc, [BLOCK_T, GROUP, BLOCK_DV])
-    m_i = tl.reshape(m_i, [BLOCK_T, GROUP])
-    l_i = tl.reshape(l_i, [BLOCK_T, GROUP])
-    for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
-        offs_l = start + tl.arange(0, BLOCK_L)
-        ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
-        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
-        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
-        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D).to(tl.float32)
-        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV).to(tl.float32)
-        qk = tl.sum(q * k[:, None, :, :], 3)  # [BLOCK_T, GROUP, BLOCK_L]
-        scores = tl.where((offs_l < L)[None, None, :], base2_scores(qk, scale, softcap), float("-inf"))
-        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
-        acc = acc * alpha[:, :, None] + tl.sum(p[:, :, :, None] * v[:, None, :, :], 2)
-    return tl.reshape(m_i, [BLOCK_M]), tl.reshape(l_i, [BLOCK_M]), tl.reshape(acc, [BLOCK_M, BLOCK_DV])
-
-
 @triton.jit(do_not_specialize=["T", "S", "L", "left", "right"])
 def _moda_forward_kernel(
     q_ptr, k_ptr, v_ptr, k_depth, v_depth, out_ptr, lse_ptr,
@@ -143,9 +79,9 @@ def _moda_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     if k_depth is not None and DEPTH_DOT:  # first: its loads overlap other programs' sequence products
-        m_i, l_i, acc = _attend_depth_by_dot(
-            q, m_i, l_i, acc, k_depth, v_depth, b, j, first_token, T, L, scale, softcap,
-            G, D, DV, BLOCK_L, DEPTH_STAGES, ALIGNED,
+        m_i, l_i, acc = attend_depth(
+            q, m_i, l_i, acc, k_depth, v_depth, b, j, tile, T, L, scale, softcap,
+            G, D, DV, BLOCK_L, True, DEPTH_STAGES, ALIGNED,
         )  # fmt: skip
 
     k_base = k_ptr + b * k_strides[0] + j * k_strides[2]
@@ -166,11 +102,9 @@ def _moda_forward_kernel(
     )  # fmt: skip
 
     if k_depth is not None and not DEPTH_DOT:  # last: before the sequence loop its layouts spill
-        GROUP: tl.constexpr = G if BLOCK_M % G == 0 else 1
-        token = first_token + tl.arange(0, BLOCK_M // G) if GROUP == G else offs_t
-        m_i, l_i, acc = _attend_depth_by_sum(
-            q, m_i, l_i, acc, k_depth, v_depth, b, j, token, T, L, scale, softcap,
-            GROUP, D, DV, BLOCK_L, DEPTH_STAGES, ALIGNED,
+        m_i, l_i, acc = attend_depth(
+            q, m_i, l_i, acc, k_depth, v_depth, b, j, tile, T, L, scale, softcap,
+            G, D, DV, BLOCK_L, False, DEPTH_STAGES, ALIGNED,
         )  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row that saw nothing: out = 0, lse = -inf
@@ -181,3 +115,26 @@ def _moda_forward_kernel(
         mask=row_ok[:, None] & (offs_dv < DV)[None, :],
     )
     tl.store(lse_ptr + (b * H * G + query_head) * T + offs_t, (m_i + tl.log2(l_safe)) * LN2, mask=row_ok)
+
+
+@prepared
+def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, depth: DepthLayout) -> Launch:
+    tile = tuning.forward_tile(q.dtype, p.G, p.D, p.DV)
+    depth_tile = tuning.forward_depth(q.device, q.dtype, p.G, p.D, p.DV, tile.BLOCK_M)
+    return Launch(
+        _moda_forward_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H,
+        q.strides[:3], k.strides[:3], v.strides[:3], p.scale, p.left, p.right, p.softcap, p.B, p.T, p.S, p.L, p.H,
+        G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
+        ALIGNED=depth.aligned, **tile._asdict(), **depth_tile._asdict(),
+    )  # fmt: skip
+
+
+def launch_forward(
+    p: Problem, q: Tensor, k: Tensor, v: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T) in float32, both contiguous."""
+    out = q.new_empty(p.B, p.T, p.H * p.G, p.DV)
+    lse = q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
+    depth, depth_layout = depth_pointers(k_depth, v_depth) if p.L else ([None, None], DepthLayout())
+    _prepare(p, layout(q), layout(k), layout(v), depth_layout)(q, k, v, *depth, out, lse)
+    return out, lse

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moda_kernels.launcher import Launch, layout
+from moda_kernels.prepared import Launch, layout
 
 _WORDS = 128  # per launch; a CUDA kernel takes at most 4 KB of arguments
 

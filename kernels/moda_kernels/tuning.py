@@ -4,11 +4,16 @@ Measured on an H100 (docs/performance.md) for head dim 64 in bfloat16; the rest 
 by what a block keeps in registers and shared memory.
 """
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
+
+# Sequence products for a depth product above which a split plan is faster: not measured yet, hence never.
+SPLIT_FORWARD = math.inf
+SPLIT_BACKWARD = math.inf
 
 
 class Tile(NamedTuple):
@@ -24,6 +29,16 @@ class Tile(NamedTuple):
 class ForwardDepth(NamedTuple):
     """How the forward walks over slots: as batched dots or as sums, BLOCK_L at a time."""
 
+    DEPTH_DOT: bool
+    BLOCK_L: int
+    DEPTH_STAGES: int
+
+
+class ForwardDepthTile(NamedTuple):
+    """BLOCK_M (token, group) rows of the kernel that has depth alone, and its walk over slots."""
+
+    BLOCK_M: int
+    num_warps: int
     DEPTH_DOT: bool
     BLOCK_L: int
     DEPTH_STAGES: int
@@ -75,6 +90,16 @@ def forward_depth(
         if 2 * stages * slots <= shared_memory(device):
             return ForwardDepth(True, 16, stages)
     return ForwardDepth(False, 2 if width <= 256 else 1, 3 if width <= 128 else 2)
+
+
+def forward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> ForwardDepthTile:
+    """Few tokens to a program, and many programs: what hides the latency of loads."""
+    width = max(block_dim(D), block_dim(DV))
+    power = triton.next_power_of_2(G) == G
+    if dtype is not torch.float32 and G >= 4 and power and G * width <= 4096:
+        tokens = max(1, min(4, 1024 // (G * width // 16)))
+        return ForwardDepthTile(G * tokens, 2, True, 16, 2)
+    return ForwardDepthTile(max(16, 32 if G <= 2 else 16), 2, False, 4 if width <= 64 else 2, 2)
 
 
 def backward_depth_tile(G: int, D: int, DV: int) -> DepthTile:

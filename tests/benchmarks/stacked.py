@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moda_ops import moda_attention
-from moda_ops.attention import Window
+from moda_ops.attention import Plan, Window
 
 
 class StackedSlots(NamedTuple):
@@ -41,6 +41,7 @@ class StackedSlots(NamedTuple):
         scale: float | None = None,
         window: Window | None = None,
         softcap: float | None = None,
+        plan: Plan = "auto",
     ) -> "tuple[Tensor, StackedSlots]":
         """``out`` (B, T, HQ, DV) and the stream; see :meth:`moda_ops.DepthStream.attend`."""
         k_slots, v_slots = list(self.k), list(self.v)
@@ -49,6 +50,15 @@ class StackedSlots(NamedTuple):
         k_depth = torch.stack(k_slots, 2) if k_slots else None  # (B, T, L, H, D)
         v_depth = torch.stack(v_slots, 2) if v_slots else None
         out = moda_attention(
-            q, k, v, k_depth, v_depth, causal=causal, scale=scale, window=window, softcap=softcap
+            q,
+            k,
+            v,
+            k_depth,
+            v_depth,
+            causal=causal,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            plan=plan,
         )
         return out, self

@@ -5,8 +5,8 @@ import torch
 from test_attention_kernels import run_kernels
 
 from helpers import assert_matches_reference, make_inputs
-from moda_kernels import launch
-from moda_kernels.launcher import Launch, layout
+from moda_kernels import backward_delta, backward_depth, backward_dkv, backward_dq, forward
+from moda_kernels.prepared import Launch, layout
 
 
 class Recorder:
@@ -72,7 +72,8 @@ def test_a_layout_says_what_triton_inspects():
 
 @pytest.mark.gpu
 def test_one_compilation_serves_all_lengths_depths_and_windows():
-    kernels = [value for name, value in vars(launch).items() if name.endswith("_kernel")]
+    passes = forward, backward_delta, backward_depth, backward_dq, backward_dkv
+    kernels = [f for module in passes for n, f in vars(module).items() if n.endswith("_kernel")]
     assert len(kernels) == 5
 
     def compiled():

@@ -2,17 +2,46 @@
 
 Triton inspects every argument of every launch to find the compiled code, which takes longer than the
 launch itself. A ``Launch`` lets it do so once. That is sound as long as all calls of a ``Launch`` agree
-in what Triton inspects: the device, and the pointers' dtypes and whether they are multiples of 16.
+in what Triton inspects: the device, and the pointers' dtypes and whether they are multiples of 16. Each
+pass keeps its launches by ``Problem`` and ``Layout``, which say that and more.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Problem(NamedTuple):
+    """Sizes and options of a call: q (B, T, G H, D), k (B, S, H, D), v (B, S, H, DV), L slots."""
+
+    B: int
+    T: int
+    S: int
+    L: int
+    H: int
+    G: int
+    D: int
+    DV: int
+    scale: float
+    left: int | None
+    right: int | None
+    softcap: float | None
+
+    @property
+    def causal(self) -> bool:
+        return self.right == 0
+
+    @property
+    def products(self) -> float:
+        """Products of the G queries of a token with sequence keys, for each of its depth keys, times two."""
+        return self.G * self.S * (1 if self.causal else 2) / self.L if self.L else float("inf")
+
+
 class Layout(NamedTuple):
-    """What a tensor's launches are prepared for."""
+    """What of a tensor a launch is prepared for."""
 
     device: torch.device
     dtype: torch.dtype
@@ -43,3 +72,7 @@ class Launch:
             self._compiled = self._first(*pointers, *self._arguments, **self._constants)
         else:
             self._compiled[self._grid](*pointers, *self._arguments, *self._placeholders)
+
+
+prepared: Callable[[Callable[..., Launch]], Callable[..., Launch]] = lru_cache(maxsize=4096)
+"""Keeps what a function prepares. A model of 48 layers has up to 96 problems for each length and batch."""

@@ -1,0 +1,171 @@
+"""Forward over depth: the online softmax goes on over the depth slots of each row's token.
+
+    lse = log( e^lse_sequence + sum_l exp d_l )
+    out = e^(lse_sequence - lse) out_sequence + sum_l e^(d_l - lse) v_l
+
+A program owns BLOCK_M (token, group) rows of one key/value head. ``attend_depth`` is the loop over slots,
+which the fused forward has in it as well; the kernel here starts it from what another kernel left for
+the sequence.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moda_kernels import tuning
+from moda_kernels.common import LN2, LOG2E, base2_scores, load_rows, online_softmax, slot_rows
+from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.slots import DepthLayout, depth_pointers
+
+
+@triton.jit
+def _attend_depth_by_dot(
+    q, m_i, l_i, acc, k_depth, v_depth, b, j, first_token, T, L, scale, softcap,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over depth, [G, D] x [D, BLOCK_L] products batched over the tile's tokens."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_DV: tl.constexpr = acc.shape[1]
+    BLOCK_T: tl.constexpr = BLOCK_M // G
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_t = first_token + tl.arange(0, BLOCK_T)
+    q = tl.reshape(q, [BLOCK_T, G, BLOCK_D])
+    acc = tl.reshape(acc, [BLOCK_T, G, BLOCK_DV])
+    m_i = tl.reshape(m_i, [BLOCK_T, G])
+    l_i = tl.reshape(l_i, [BLOCK_T, G])
+    for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
+        offs_l = start + tl.arange(0, BLOCK_L)
+        ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
+        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
+        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
+        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV)
+        qk = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")  # [BLOCK_T, G, BLOCK_L]
+        scores = tl.where((offs_l < L)[None, None, :], base2_scores(qk, scale, softcap), float("-inf"))
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
+        acc = acc * alpha[:, :, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return tl.reshape(m_i, [BLOCK_M]), tl.reshape(l_i, [BLOCK_M]), tl.reshape(acc, [BLOCK_M, BLOCK_DV])
+
+
+@triton.jit
+def _attend_depth_by_sum(
+    q, m_i, l_i, acc, k_depth, v_depth, b, j, offs_t, T, L, scale, softcap, GROUP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over depth in plain multiply-adds; GROUP adjacent rows share a token."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_DV: tl.constexpr = acc.shape[1]
+    BLOCK_T: tl.constexpr = BLOCK_M // GROUP
+    dtype: tl.constexpr = q.dtype
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    q = tl.reshape(q, [BLOCK_T, GROUP, 1, BLOCK_D]).to(tl.float32)
+    acc = tl.reshape(acc, [BLOCK_T, GROUP, BLOCK_DV])
+    m_i = tl.reshape(m_i, [BLOCK_T, GROUP])
+    l_i = tl.reshape(l_i, [BLOCK_T, GROUP])
+    for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
+        offs_l = start + tl.arange(0, BLOCK_L)
+        ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
+        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
+        k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D).to(tl.float32)
+        v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV).to(tl.float32)
+        qk = tl.sum(q * k[:, None, :, :], 3)  # [BLOCK_T, GROUP, BLOCK_L]
+        scores = tl.where((offs_l < L)[None, None, :], base2_scores(qk, scale, softcap), float("-inf"))
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
+        acc = acc * alpha[:, :, None] + tl.sum(p[:, :, :, None] * v[:, None, :, :], 2)
+    return tl.reshape(m_i, [BLOCK_M]), tl.reshape(l_i, [BLOCK_M]), tl.reshape(acc, [BLOCK_M, BLOCK_DV])
+
+
+@triton.jit
+def attend_depth(
+    q, m_i, l_i, acc, k_depth, v_depth, b, j, tile, T, L, scale, softcap, G: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, BLOCK_L: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over depth for the rows of a tile, by dots or by sums."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    first_token = tile * BLOCK_M // G
+    if DOT:
+        m_i, l_i, acc = _attend_depth_by_dot(
+            q, m_i, l_i, acc, k_depth, v_depth, b, j, first_token, T, L, scale, softcap,
+            G, D, DV, BLOCK_L, STAGES, ALIGNED,
+        )  # fmt: skip
+    else:
+        GROUP: tl.constexpr = G if BLOCK_M % G == 0 else 1
+        if GROUP == G:
+            token = first_token + tl.arange(0, BLOCK_M // G)
+        else:
+            token = (tile * BLOCK_M + tl.arange(0, BLOCK_M)) // G
+        m_i, l_i, acc = _attend_depth_by_sum(
+            q, m_i, l_i, acc, k_depth, v_depth, b, j, token, T, L, scale, softcap,
+            GROUP, D, DV, BLOCK_L, STAGES, ALIGNED,
+        )  # fmt: skip
+    return m_i, l_i, acc
+
+
+@triton.jit(do_not_specialize=["T", "L"])
+def _moda_forward_depth_kernel(
+    q_ptr, k_depth, v_depth, sequence_ptr, sequence_lse_ptr, out_ptr, lse_ptr,
+    q_strides, sequence_strides, sequence_lse_strides, scale, softcap, B, T, L, H,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0) // (B * H)
+    head = tl.program_id(0) % (B * H)
+    b = (head // H).to(tl.int64)
+    j = (head % H).to(tl.int64)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_t = rows // G
+    t = offs_t.to(tl.int64)
+    row_ok = offs_t < T
+    h = j * G + rows % G
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+
+    q_rows = q_ptr + b * q_strides[0] + t * q_strides[1] + h * q_strides[2]
+    q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)
+    acc_rows = sequence_ptr + b * sequence_strides[0] + t * sequence_strides[1] + h * sequence_strides[2]
+    acc = load_rows(acc_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV).to(tl.float32)
+    lse = sequence_lse_ptr + b * sequence_lse_strides[0] + h * sequence_lse_strides[1] + t * sequence_lse_strides[2]
+    m_i = tl.load(lse, mask=row_ok, other=0.0) * LOG2E
+    l_i = tl.full([BLOCK_M], 1.0, tl.float32)
+    m_i, l_i, acc = attend_depth(
+        q, m_i, l_i, acc, k_depth, v_depth, b, j, tile, T, L, scale, softcap,
+        G, D, DV, BLOCK_L, DEPTH_DOT, DEPTH_STAGES, ALIGNED,
+    )  # fmt: skip
+
+    out_rows = out_ptr + ((b * T + t) * (H * G) + h) * DV
+    tl.store(
+        out_rows[:, None] + offs_dv[None, :],
+        (acc / l_i[:, None]).to(out_ptr.dtype.element_ty),
+        mask=row_ok[:, None] & (offs_dv < DV)[None, :],
+    )
+    tl.store(lse_ptr + (b * H * G + h) * T + t, (m_i + tl.log2(l_i)) * LN2, mask=row_ok)
+
+
+@prepared
+def _prepare(p: Problem, q: Layout, sequence: Layout, sequence_lse: Layout, depth: DepthLayout) -> Launch:
+    tile = tuning.forward_depth_tile(q.dtype, p.G, p.D, p.DV)
+    return Launch(
+        _moda_forward_depth_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H,
+        q.strides[:3], sequence.strides[:3], sequence_lse.strides, p.scale, p.softcap, p.B, p.T, p.L, p.H,
+        G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
+        ALIGNED=depth.aligned, **tile._asdict(),
+    )  # fmt: skip
+
+
+def launch_forward_depth(
+    p: Problem, q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], sequence: Tensor, sequence_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As ``launch_forward``, from the sequence's out and lse; L >= 1."""
+    out = q.new_empty(p.B, p.T, p.H * p.G, p.DV)
+    lse = q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
+    depth, depth_layout = depth_pointers(k_depth, v_depth)
+    launch = _prepare(p, layout(q), layout(sequence), layout(sequence_lse), depth_layout)
+    launch(q, *depth, sequence, sequence_lse, out, lse)
+    return out, lse

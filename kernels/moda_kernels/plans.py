@@ -1,0 +1,68 @@
+"""Which kernels a pass runs: its plan.
+
+"fused": Triton kernels of our own for sequence and depth. Forward is one kernel, under one online softmax.
+
+"split": the sequence by a library (see moda_kernels.library), depth by a streaming Triton kernel, which in
+forward goes on from the library's out and lse. Backward hands the library the merged out and lse, so that its
+probabilities are those of the one softmax: exact.
+
+Both passes choose on their own, by how many products the sequence has for each depth key: the library is faster
+at products, fusion saves launches and passes over out and dq.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moda_kernels import library, tuning
+from moda_kernels.prepared import Problem
+
+
+class Plan(NamedTuple):
+    """``library`` runs the sequence of a split pass; None means fused. ``reason`` says why, for a reader."""
+
+    library: str | None
+    reason: str
+
+
+def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
+    """Raise ValueError if ``plan`` is "split" and this call cannot be."""
+    chosen = _by_choice(plan, p, tuning.SPLIT_FORWARD) or _split(p, q, k, v)
+    if plan == "split" and chosen.library is None:
+        raise ValueError(f"plan must be 'auto' or 'fused' for this call, got 'split': {chosen.reason}")
+    return chosen
+
+
+def backward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None) -> Plan:
+    """Under "split", passes that a library cannot do are fused."""
+    if chosen := _by_choice(plan, p, tuning.SPLIT_BACKWARD):
+        return chosen
+    if dlse is not None:
+        return Plan(None, "a library takes no gradient of lse")
+    if torch.are_deterministic_algorithms_enabled():
+        return Plan(None, "deterministic algorithms are asked for, and a library's backward is not one")
+    if p.L and tuning.backward_depth_tile(p.G, p.D, p.DV).BLOCK_G < p.G:
+        return Plan(None, f"at this head dim a group of {p.G} goes by in parts")
+    return _split(p, q, k, v)
+
+
+def _by_choice(plan: str, p: Problem, most: float) -> Plan | None:
+    if plan == "fused":
+        return Plan(None, "as asked for")
+    if plan == "auto" and p.products <= most:
+        return Plan(None, f"{p.products:.0f} sequence products for a depth product, not above {most}")
+    return None
+
+
+def _split(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
+    if p.softcap is not None:
+        return Plan(None, "a library has no softcap")
+    if p.left is not None or p.right not in (None, 0):
+        return Plan(None, "a library has no window")
+    if p.causal and p.T != p.S:
+        return Plan(None, f"a library's causal mask needs T = S, got T = {p.T} and S = {p.S}")
+    library_name = library.select(q, k, v, p.causal)
+    if library_name is None:
+        return Plan(None, "no library takes tensors of this dtype, head dim or alignment")
+    return Plan(library_name, f"{p.products:.0f} sequence products for a depth product")

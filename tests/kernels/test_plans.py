@@ -1,0 +1,166 @@
+"""The split plan against the NumPy reference; which plan a pass gets, and why."""
+
+import pytest
+import torch
+from test_attention_kernels import COMPILED, DTYPES
+
+import moda_kernels
+from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs
+from moda_kernels import tuning
+from moda_kernels.operators import problem
+from moda_kernels.plans import backward_plan, forward_plan
+from moda_kernels.prepared import Problem
+from moda_ops import ops
+
+SHAPES = [  # B, T, S, G, H, D, L
+    (1, 9, 9, 1, 2, 16, 1),
+    (2, 13, 13, 2, 1, 24, 7),
+    (1, 23, 23, 3, 2, 40, 5),
+    (2, 17, 17, 4, 1, 64, 33),
+    (1, 11, 11, 8, 2, 64, 3),
+    (1, 7, 7, 5, 1, 128, 2),
+    (1, 9, 9, 16, 1, 64, 20),
+    (2, 13, 13, 2, 2, 32, 0),
+    (1, 9, 31, 4, 2, 32, 3),  # not causal: all keys are seen
+]
+if COMPILED:
+    SHAPES += [(2, 1000, 1000, 4, 2, 128, 72), (1, 777, 777, 64, 1, 64, 17)]
+
+
+@pytest.fixture(autouse=True)
+def thresholds(monkeypatch):
+    monkeypatch.setattr(tuning, "SPLIT_FORWARD", 1000)
+    monkeypatch.setattr(tuning, "SPLIT_BACKWARD", 200)
+
+
+@pytest.fixture(autouse=True)
+def no_determinism_is_asked_for(uninitialized_memory_is_nan, monkeypatch):
+    """Which would rule split backward passes out; on a CPU, uninitialized memory stays NaN."""
+    if COMPILED:
+        torch.use_deterministic_algorithms(False)
+    else:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["list", "packed"])
+@pytest.mark.parametrize(("B", "T", "S", "G", "H", "D", "L"), SHAPES)
+def test_split_matches_reference(B, T, S, G, H, D, L, form, dtype, device):
+    if COMPILED and dtype is torch.float32:
+        pytest.skip("no library computes float32 in full precision")
+    inputs = make_inputs(B, T, G * H, H, D, L, S=S, dtype=dtype, device=device, form=form)
+    options = 0.3, None, 0 if T == S else None, None, "split"
+
+    def run(inputs, dout, dlse):
+        p = problem(*inputs[:4], *options[:4])
+        assert None not in (
+            forward_plan("split", p, *inputs[:3]).library,
+            backward_plan("split", p, *inputs[:3], None).library,
+        )
+        out, lse = moda_kernels.attention(*inputs, *options)
+        grads = moda_kernels.attention_backward(dout, None, *inputs, out, lse, *options)
+        assert all(x.is_contiguous() for x in (out, lse, *Inputs(*grads).leaves()))
+        return out, lse, Inputs(*grads)
+
+    dout, dlse = make_cotangents(inputs)
+    cotangents = dout, torch.zeros_like(dlse)  # no library takes a gradient of lse
+    assert_matches_reference(inputs, run, cotangents, causal=T == S, scale=0.3)
+
+
+@pytest.mark.parametrize("newest", [True, False])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float16])
+def test_split_adds_the_running_gradient(newest, grad_dtype, device, monkeypatch):
+    """A stream's passes under both plans, on top of what later readers have left."""
+    monkeypatch.setattr(ops, "implementation", lambda q: moda_kernels)
+    slots = 4
+    inputs = make_inputs(2, 13, 4, 2, 16, slots, dtype=torch.float16, device=device)
+    buffer = torch.cat([torch.stack(inputs.k_depth), torch.stack(inputs.v_depth)], -1)
+    token = torch.empty_strided(buffer.shape, (0,) * 5, dtype=grad_dtype, device=device)
+    running = 8 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(2))
+    running = running.to(buffer.device, grad_dtype)
+    dout, _ = make_cotangents(inputs)
+    q, k, v = inputs.q, *((None, None) if newest else inputs[1:3])
+    results = []
+    for plan in ("fused", "split"):
+        out, lse, _ = torch.ops.moda.stream_attention(q, k, v, buffer, token, plan=plan)
+        dq, dk_dv, grads = torch.ops.moda.stream_attention_backward(
+            dout, None, running, q, k, v, buffer, out, lse, slots, grad_dtype, plan=plan
+        )
+        results.append([out, lse, dq, *dk_dv, grads, grads.double() - running.double()])
+    eps = torch.finfo(torch.float16).eps
+    for fused, split in zip(*results, strict=True):
+        assert (fused.shape, fused.stride()) == (split.shape, split.stride())
+        size = fused.double().abs().max() + (running.abs().max() if fused.dim() == 5 else 0)
+        assert (fused.double() - split.double()).abs().max() <= 4 * eps * size
+        assert fused.abs().max() > 20 * eps
+
+
+def causal_problem(**changes):
+    """A sequence that outweighs depth by far: G S / L is 8 * 4096."""
+    sizes = dict(B=1, T=4096, S=4096, L=1, H=1, G=8, D=64, DV=64)
+    options = dict(scale=1.0, left=None, right=0, softcap=None)
+    return Problem(**(sizes | options | changes))
+
+
+def tensors(device, dtype=torch.float16, offset=0):
+    """q, k and v of few tokens: the rule looks at their dtype, head dim and alignment."""
+    q, k = (torch.empty(4 * n * 64 + 8, dtype=dtype, device=device) for n in (8, 1))
+    q, k = (x[offset : x.numel() - 8 + offset].view(1, 4, -1, 64) for x in (q, k))
+    return q, k, k
+
+
+def test_auto_weighs_the_sequence_against_depth(device):
+    q_k_v = tensors(device)
+    for products, splits in (
+        (1001, (True, True)),
+        (1000, (False, True)),
+        (201, (False, True)),
+        (200, (False, False)),
+    ):
+        p = causal_problem(G=1, S=products, T=products)
+        assert p.products == products
+        got = forward_plan("auto", p, *q_k_v), backward_plan("auto", p, *q_k_v, None)
+        assert tuple(plan.library is not None for plan in got) == splits
+    assert causal_problem().products == 8 * 4096
+    assert causal_problem(right=None).products == 2 * 8 * 4096
+    assert causal_problem(L=0).products == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(softcap=5.0), "a library has no softcap"),
+        (dict(left=7), "a library has no window"),
+        (dict(right=7), "a library has no window"),
+        (dict(T=4), "a library's causal mask needs T = S, got T = 4 and S = 4096"),
+    ],
+)
+def test_what_no_library_covers_is_fused(changes, reason, device):
+    p, q_k_v = causal_problem(**changes), tensors(device)
+    assert forward_plan("auto", p, *q_k_v) == (None, reason)
+    assert backward_plan("split", p, *q_k_v, None) == (None, reason)
+    assert forward_plan("fused", p, *q_k_v).library is None
+    with pytest.raises(
+        ValueError, match="plan must be 'auto' or 'fused' for this call, got 'split'"
+    ):
+        forward_plan("split", p, *q_k_v)
+
+
+def test_backward_is_fused_where_only_forward_is_covered(device, monkeypatch):
+    p, q_k_v = causal_problem(), tensors(device)
+    assert backward_plan("split", p, *q_k_v, None).library is not None
+    assert backward_plan("split", p, *q_k_v, q_k_v[0]).library is None
+    wide = backward_plan("split", p._replace(G=64, D=256, DV=256), *q_k_v, None)
+    assert wide == (None, "at this head dim a group of 64 goes by in parts")
+    assert forward_plan("split", p, *q_k_v).library is not None
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert "deterministic" in backward_plan("split", p, *q_k_v, None).reason
+
+
+@pytest.mark.gpu
+def test_libraries_want_16_bit_dtypes_and_aligned_rows():
+    p = causal_problem()
+    assert forward_plan("auto", p, *tensors("cuda")).library is not None
+    for q_k_v in (tensors("cuda", torch.float32), tensors("cuda", offset=1)):
+        reason = "no library takes tensors of this dtype, head dim or alignment"
+        assert forward_plan("auto", p, *q_k_v) == (None, reason)
