@@ -295,6 +295,7 @@ def test_the_baseline_is_the_same_model_through_sdpa(
         scale: None,
         window: None,
         softcap: None,
+        plan: str,
     ) -> Tensor:
         assert k_depth == v_depth == []
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
