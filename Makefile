@@ -23,7 +23,8 @@ check: $(VENV)/installed-dev ## lint, formatting and types
 docs: $(VENV)/installed-docs ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/installed-test ## run the benchmarks
+bench: $(VENV)/installed-test ## time the operator beside its peers, and its host side; writes out/bench
+	$(BIN)/python -m moda_ops bench
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
 
 $(BIN)/python:

@@ -1,4 +1,4 @@
-"""The command line: ``moda-ops demo`` and ``moda-ops doctor``."""
+"""The command line: ``moda-ops demo``, ``moda-ops bench`` and ``moda-ops doctor``."""
 
 import sys
 from importlib.util import find_spec
@@ -49,11 +49,7 @@ def demo(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("no CUDA device is available", param_hint="--device")
-    missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
-    if missing:
-        raise click.ClickException(
-            f"the demo needs {' and '.join(missing)}: pip install 'moda-ops[demo]'"
-        )
+    require("demo", "matplotlib", "tqdm")
     from moda_ops.demo import FILES, prepare_output, run
 
     by_default = ctx.get_parameter_source("output") is click.core.ParameterSource.DEFAULT
@@ -68,6 +64,88 @@ def demo(
         click.echo(f"\nInterrupted. Kept: {', '.join(kept) or 'nothing yet'}.", err=True)
         sys.exit(130)
     sys.exit(0 if passed else 1)
+
+
+@main.command()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("out/bench"),
+    show_default=True,
+    help="Folder for bench.json and the plots.",
+)
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    type=click.Choice(["main", "tokens", "groups", "slots", "training", "full", "tiny"]),
+    help="Which shapes; may be repeated. tokens, groups, slots: those of the paper's Table 2. "
+    "[default: main; on a CPU tiny]",
+)
+@click.option(
+    "--only", "names", multiple=True, metavar="NAME", help="This contender alone, may be repeated."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="[default: bfloat16; on a CPU float32]",
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.2,
+    show_default=True,
+    help="How long each pass of each row is timed.",
+)
+def bench(
+    output: Path,
+    sweeps: tuple[str, ...],
+    names: tuple[str, ...],
+    dtype: str | None,
+    device: str,
+    seconds: float,
+) -> None:
+    """Time the operator, its parts and its peers side by side; write JSON and plots."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("no CUDA device is available", param_hint="--device")
+    require("bench", "matplotlib", "tabulate", "tqdm")
+    from moda_ops import bench
+
+    known = [contender.name for contender in bench.contenders(torch.device(device))]
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(
+                f"{name!r} is not among the contenders here: {', '.join(known)}",
+                param_hint="--only",
+            )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"cannot write to --output: {error}") from None
+    on_cpu = device == "cpu"
+    right = bench.run(
+        output,
+        sweeps=list(sweeps) or ["tiny" if on_cpu else "main"],
+        names=list(names) or known,
+        dtype=getattr(torch, dtype or ("float32" if on_cpu else "bfloat16")),
+        device=torch.device(device),
+        seconds=seconds,
+        echo=click.echo,
+    )
+    sys.exit(0 if right else 1)
+
+
+def require(extra: str, *modules: str) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise click.ClickException(
+            f"the {extra} needs {' and '.join(missing)}: pip install 'moda-ops[{extra}]'"
+        )
 
 
 @main.command()

@@ -22,6 +22,9 @@ def report() -> bool:
     click.echo()
     _row("cpu tensors", "plain PyTorch (moda_ops.eager): the only implementation for a CPU")
     _row("cuda tensors", _cuda())
+    if torch.cuda.is_available():
+        for label, value in plans(torch.device("cuda"), torch.bfloat16):
+            _row(label, value)
     click.echo()
     click.echo("self-check, forward and backward against moda_reference in float64")
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -30,7 +33,7 @@ def report() -> bool:
 
 
 def _row(name: str, value: str) -> None:
-    click.echo(f"{name:<14} {value}")
+    click.echo(f"{name:<17} {value}")
 
 
 def _version(package: str) -> str:
@@ -48,6 +51,21 @@ def _cuda() -> str:
     if torch.version.cuda is None:
         return "none: this PyTorch is built without CUDA"
     return f"none: PyTorch is built for CUDA {torch.version.cuda} but sees no device"
+
+
+def plans(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
+    """Which plan "auto" gives each pass at some shapes of training, and why."""
+    from moda_kernels.plans import backward_plan, forward_plan
+    from moda_kernels.prepared import Problem
+
+    rows = []
+    for T, G, L in ((2048, 2, 47), (4096, 8, 64), (16384, 8, 64), (16384, 32, 64)):
+        q, k = (torch.empty(1, T, heads, 64, device=device, dtype=dtype) for heads in (G, 1))
+        p = Problem(1, T, T, L, 1, G, 64, 64, 0.125, None, 0, None)
+        chosen = forward_plan("auto", p, q, k, k), backward_plan("auto", p, q, k, k, None)
+        said = (f"{'split' if plan.library else 'fused'} ({plan.reason})" for plan in chosen)
+        rows.append((f"T={T} G={G} L={L}", "forward {}, backward {}".format(*said)))
+    return rows
 
 
 def _check(device: str, dtype: torch.dtype) -> bool:

@@ -182,8 +182,19 @@ def test_doctor_passes_and_names_everything() -> None:
     assert result.exit_code == 0, result.output
     for word in ("python", "moda-ops", "torch", "triton", "numpy", "moda_ops.eager"):
         assert word in result.stdout
-    assert f"torch          {torch.__version__}" in result.stdout
-    assert "cpu float32    ok" in result.stdout
+    assert f"torch             {torch.__version__}" in result.stdout
+    assert "cpu float32       ok" in result.stdout
+
+
+def test_doctor_says_why_a_shape_gets_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moda_kernels import tuning
+
+    monkeypatch.setattr(tuning, "SPLIT_FORWARD", 1000)
+    rows = dict(doctor.plans(torch.device("cpu"), torch.float32))
+    assert rows["T=4096 G=8 L=64"].startswith(
+        "forward fused (512 sequence products for a depth product, split above 1000), backward "
+    )
+    assert rows["T=16384 G=8 L=64"].startswith("forward split (2048 sequence products")
 
 
 @pytest.mark.parametrize("fault", ["wrong", "raises"])
@@ -217,5 +228,5 @@ def test_commands_are_described() -> None:
     result = moda_ops("--help")
     assert result.exit_code == 0
     assert isinstance(cli.main, click.Group)
-    assert sorted(cli.main.commands) == ["demo", "doctor"]
+    assert sorted(cli.main.commands) == ["bench", "demo", "doctor"]
     assert all(name in result.stdout for name in cli.main.commands)

@@ -51,7 +51,7 @@ def _by_choice(plan: str, p: Problem, most: float) -> Plan | None:
     if plan == "fused":
         return Plan(None, "as asked for")
     if plan == "auto" and p.products <= most:
-        return Plan(None, f"{p.products:.0f} sequence products for a depth product, not above {most}")
+        return Plan(None, f"{p.products:.0f} sequence products for a depth product, split above {most}")
     return None
 
 

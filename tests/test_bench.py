@@ -1,0 +1,138 @@
+"""``moda-ops bench`` on a CPU: what it writes, and what it does about contenders that are wrong."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from moda_ops import cli
+from moda_ops.bench import measure, report
+from moda_ops.bench.contenders import SWEEPS, Case, Contender, Inputs, Passes, contenders, moda
+from moda_ops.bench.report import Limits
+
+CPU = torch.device("cpu")
+CASE = Case(2, 40, 2, 2, 3, 16)
+
+
+def bench(*arguments: str) -> Result:
+    return CliRunner().invoke(
+        cli.main, ["bench", "--device", "cpu", "--seconds", "0.001", *arguments]
+    )
+
+
+def bent(change: Any, *, backward: bool = False) -> Any:
+    """The operator with one result changed."""
+
+    def prepare(x: Inputs, case: Case) -> Passes:
+        right = moda()(x, case)
+        if not backward:
+            return right._replace(forward=lambda: change(right.forward()))
+        return right._replace(backward=lambda: [change(g) for g in right.backward()])
+
+    return prepare
+
+
+def test_a_run_writes_figures_and_plots(tmp_path: Path) -> None:
+    result = bench("--output", str(tmp_path / "new" / "bench"))
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "new" / "bench" / "bench.json").read_text())
+    assert record["device"] == "cpu" and record["dtype"] == "float32" and record["revision"]
+    assert [Case(**{n: case[n] for n in Case._fields}) for case in record["cases"]] == SWEEPS[
+        "tiny"
+    ]
+    for case in record["cases"]:
+        assert [row["contender"] for row in case["rows"]] == [c.name for c in contenders(CPU)]
+        for row in case["rows"]:
+            assert row["forward_ms"] > 0 and row["backward_ms"] > 0 and 0 < row["share"] <= 1
+            assert f"{row['forward_ms']:.3f}" in result.output
+    for name in ("tiny.png", "limit.png"):
+        assert (tmp_path / "new" / "bench" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_contender_is_right(dtype: torch.dtype, causal: bool) -> None:
+    for contender in contenders(CPU):
+        checked = measure.check(contender, CASE._replace(causal=causal), dtype, CPU)
+        assert 0 < checked.share <= 1, contender.name
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("factor", [1.001, math.nan])
+def test_a_wrong_row_is_not_timed(factor: float, backward: bool) -> None:
+    wrong = Contender("wrong", True, True, bent(lambda x: x * factor, backward=backward))
+    row = measure.measure(wrong, CASE, torch.float32, CPU, 0.001)
+    assert row["status"].startswith("wrong: error ") and "forward_ms" not in row
+
+
+def test_a_wrong_row_fails_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(x: Inputs, case: Case) -> Passes:
+        raise RuntimeError("no such kernel\nand more")
+
+    wrong = Contender("wrong", True, True, bent(lambda out: out * 1.001))
+    failing = Contender("failing", True, True, refuse)
+    settings = dict(dtype=torch.float32, device=CPU, seconds=0.001, sweeps=["tiny"])
+    for entrants, right in (([failing], True), ([failing, wrong], False)):
+        monkeypatch.setattr(report, "contenders", lambda device, e=entrants: [*e, *contenders(CPU)])
+        lines: list[str] = []
+        names = [c.name for c in report.contenders(CPU)]
+        assert report.run(tmp_path, names=names, echo=lines.append, **settings) == right
+        assert "failed: RuntimeError: no such kernel" in "\n".join(lines)
+        assert "and more" not in "\n".join(lines)
+        assert ("wrong: error 1.0e-03" in "\n".join(lines)) == (not right)
+
+
+def test_inputs_take_turns() -> None:
+    calls: list[int] = []
+    measure.median_ms([lambda i=i: calls.append(i) for i in range(3)], CPU, 1e-9)
+    assert calls == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+
+
+def test_limits_are_those_of_the_parts_that_take_part() -> None:
+    limit = Limits(C=2.0, Cb=5.0, M=3.0)
+    both, sequence, depth = (dict(sequence=s, depth=d) for s, d in ((1, 1), (1, 0), (0, 1)))
+    assert [limit.of(row, "forward") for row in (both, sequence, depth)] == [3.0, 2.0, 3.0]
+    assert [limit.of(row, "backward") for row in (both, sequence, depth)] == [6.0, 5.0, 6.0]
+    unknown = limit._replace(C=None)
+    assert unknown.of(both, "forward") is None and unknown.of(depth, "forward") == 3.0
+
+
+def test_sizes_of_a_case() -> None:
+    case = Case(2, 8, 3, 2, 5, 16)
+    x = Inputs.random(case, torch.bfloat16, CPU, seed=0)
+    assert case.depth_bytes(torch.bfloat16) == x.k_depth.nbytes + x.v_depth.nbytes
+    scores = x.q.shape[2] * 2 * (8 * 9 // 2)  # heads, batch, visible pairs
+    assert case.sequence_flops() == scores * 2 * 2 * 16
+    assert case._replace(causal=False).sequence_flops() == 6 * 2 * 64 * 64
+    assert all(sweep for sweep in SWEEPS.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "mona"], "'mona' is not among the contenders here: moda, moda, list"),
+        (["--sweep", "all"], "--sweep"),
+        (["--dtype", "float64"], "--dtype"),
+        (["--seconds", "0"], "--seconds"),
+    ],
+)
+def test_bad_arguments_are_usage_errors(arguments: list[str], message: str) -> None:
+    result = bench(*arguments)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_missing_extras_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "tabulate" else object())
+    result = bench()
+    assert result.exit_code == 1
+    assert result.stderr == "Error: the bench needs tabulate: pip install 'moda-ops[bench]'\n"
+
+
+def test_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "bench").touch()
+    result = bench("--output", str(tmp_path / "bench"))
+    assert result.exit_code == 1 and "cannot write to --output" in result.stderr
