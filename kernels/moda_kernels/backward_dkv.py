@@ -26,6 +26,54 @@ def _store_gradient(grad_ptr, strides, running_ptr, running_strides, grad, b, n,
     tl.store(rows[:, None] + offs_d[None, :], grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _sum_over_rows(
+    dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, turn, end_turn, blocks, begin, end,
+    inner_end, offs_n, T, S, scale, left, right, softcap, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """dk plus sum ds q and dv plus sum p dout over blocks of rows, which take turns last, first, second, ...
+
+    EDGE blocks may hold rows that do not see all keys, or end past the last row; of the others, those that
+    end past inner_end hold rows too far right of some keys.
+    """
+    offs_d = tl.arange(0, k.shape[1])
+    offs_dv = tl.arange(0, v.shape[1])
+    for i in range(turn, end_turn):
+        start = begin + ((i + blocks - 1) % blocks if EDGE else i - 1) * BLOCK_M
+        rows = start + tl.arange(0, BLOCK_M)
+        row_ok = rows < end if EDGE else None
+        offs_t = rows // G
+        t = offs_t.to(tl.int64)
+        g = (rows % G).to(tl.int64)
+        q_rows = q_base + t * q_strides[1] + g * q_strides[2]
+        dout_rows = dout_base + t * dout_strides[1] + g * dout_strides[2]
+        q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)  # [BLOCK_M, BLOCK_D]
+        dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
+        if EDGE:
+            lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf")) * LOG2E
+            delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
+        else:
+            lse = tl.load(lse_base + g * T + t) * LOG2E
+            delta = tl.load(delta_base + g * T + t)
+        scores = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)
+        log_p = scores - lse[None, :]  # [BLOCK_N, BLOCK_M], base 2
+        if EDGE:
+            seen = band_mask((offs_t + (S - T))[None, :], offs_n[:, None], S, left, right)
+            log_p = tl.where(seen, log_p, float("-inf"))
+        elif left is not None:
+            if start + BLOCK_M > inner_end:
+                seen = band_mask((offs_t + (S - T))[None, :], offs_n[:, None], S, left, None)
+                log_p = tl.where(seen, log_p, float("-inf"))
+        p = tl.exp2(log_p)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
+        if softcap is not None:
+            ds *= softcap_slope(scores, softcap)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
 @triton.jit(do_not_specialize=["T", "S", "left", "right"])
 def _moda_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, k_running_ptr, v_running_ptr,
@@ -67,29 +115,17 @@ def _moda_backward_dkv_kernel(
     if left is not None:
         end = tl.minimum(last + left + 1, T) * G
         inner_end = tl.minimum(first + left + 1, T) * G
-    for start in range(begin, end, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        row_ok = rows < end
-        offs_t = rows // G
-        t = offs_t.to(tl.int64)
-        g = (rows % G).to(tl.int64)
-        q_rows = q_base + t * q_strides[1] + g * q_strides[2]
-        dout_rows = dout_base + t * dout_strides[1] + g * dout_strides[2]
-        q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)  # [BLOCK_M, BLOCK_D]
-        dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
-        lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf")) * LOG2E
-        delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
-        scores = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)
-        log_p = scores - lse[None, :]  # [BLOCK_N, BLOCK_M], base 2
-        if (start < inner_begin) | (start + BLOCK_M > inner_end):
-            seen = band_mask((offs_t + (S - T))[None, :], offs_n[:, None], S, left, right)
-            log_p = tl.where(seen, log_p, float("-inf"))
-        p = tl.exp2(log_p)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
-        if softcap is not None:
-            ds *= softcap_slope(scores, softcap)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    # The edge goes first and has a block if there are any: see "Two loops" in docs/design.md.
+    blocks = tl.cdiv(end - begin, BLOCK_M)
+    edges = tl.minimum(tl.cdiv(tl.maximum(inner_begin - begin, 0), BLOCK_M) + 1, blocks)
+    dk, dv = _sum_over_rows(
+        dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, 0, edges, blocks, begin, end,
+        inner_end, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, True,
+    )  # fmt: skip
+    dk, dv = _sum_over_rows(
+        dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, edges, blocks, blocks, begin, end,
+        inner_end, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, False,
+    )  # fmt: skip
 
     _store_gradient(dk_ptr, dk_strides, k_running_ptr, k_running_strides, dk * scale, b, n, j, n_ok, offs_d, D)
     _store_gradient(dv_ptr, dv_strides, v_running_ptr, v_running_strides, dv, b, n, j, n_ok, offs_dv, DV)

@@ -21,6 +21,41 @@ from moda_kernels.common import (
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 
 
+@triton.jit
+def _sum_over_keys(
+    dq, q, dout, lse, delta, k_base, v_base, stride_k, stride_v, begin, inner_begin, end, positions, S,
+    scale, left, right, softcap, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """dq plus sum ds k over keys begin..end: EDGE blocks may end past what some rows see, or past S; of the
+    others, those that start before inner_begin hold keys too far left for some rows.
+    """
+    offs_d = tl.arange(0, q.shape[1])
+    offs_dv = tl.arange(0, dout.shape[1])
+    block = tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        offs_n = start + block
+        key_ok = offs_n < S if EDGE else None
+        k_rows = k_base + tl.cast(start, tl.int64) * stride_k + block * stride_k
+        v_rows = v_base + tl.cast(start, tl.int64) * stride_v + block * stride_v
+        k = load_rows(k_rows[:, None] + offs_d[None, :], key_ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
+        v = load_rows(v_rows[:, None] + offs_dv[None, :], key_ok, offs_dv, DV)
+        scores = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
+        log_p = scores - lse[:, None]  # [BLOCK_M, BLOCK_N], base 2
+        if EDGE:
+            seen = band_mask(positions[:, None], offs_n[None, :], S, left, right)
+            log_p = tl.where(seen, log_p, float("-inf"))
+        elif left is not None:
+            if start < inner_begin:
+                seen = band_mask(positions[:, None], offs_n[None, :], S, left, None)
+                log_p = tl.where(seen, log_p, float("-inf"))
+        p = tl.exp2(log_p)
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
+        if softcap is not None:
+            ds *= softcap_slope(scores, softcap)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
 @triton.jit(do_not_specialize=["T", "S", "left", "right"])
 def _moda_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_depth_ptr, dq_ptr,
@@ -53,24 +88,17 @@ def _moda_backward_dq_kernel(
     positions = offs_t + (S - T)
     first = tile * BLOCK_M // G + (S - T)
     last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1) + (S - T)
-    block = tl.arange(0, BLOCK_N)
     begin, inner_begin, inner_end, end = key_range(first, last, S, left, right, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
-        offs_n = start + block
-        k_rows = k_base + tl.cast(start, tl.int64) * k_strides[1] + block * k_strides[1]
-        v_rows = v_base + tl.cast(start, tl.int64) * v_strides[1] + block * v_strides[1]
-        k = load_rows(k_rows[:, None] + offs_d[None, :], offs_n < S, offs_d, D)  # [BLOCK_N, BLOCK_D]
-        v = load_rows(v_rows[:, None] + offs_dv[None, :], offs_n < S, offs_dv, DV)
-        scores = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
-        log_p = scores - lse[:, None]  # [BLOCK_M, BLOCK_N], base 2
-        if (start < inner_begin) | (start + BLOCK_N > inner_end):
-            seen = band_mask(positions[:, None], offs_n[None, :], S, left, right)
-            log_p = tl.where(seen, log_p, float("-inf"))
-        p = tl.exp2(log_p)
-        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
-        if softcap is not None:
-            ds *= softcap_slope(scores, softcap)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    # The edge goes first and has a block even where it needs none: see "Two loops" in docs/design.md.
+    edge = tl.maximum(tl.minimum(inner_end, end - 1) // BLOCK_N * BLOCK_N, begin)
+    dq = _sum_over_keys(
+        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], edge, inner_begin, end, positions, S,
+        scale, left, right, softcap, D, DV, BLOCK_N, True,
+    )  # fmt: skip
+    dq = _sum_over_keys(
+        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], begin, inner_begin, edge, positions, S,
+        scale, left, right, softcap, D, DV, BLOCK_N, False,
+    )  # fmt: skip
 
     offsets = ((b * T + t) * (H * G) + h)[:, None] * D + offs_d[None, :]
     if dq_depth_ptr is not None:
