@@ -9,6 +9,7 @@ from moda_ops import ops as ops  # registers torch.ops.moda.*
 from moda_ops import stream_ops as stream_ops  # and those of a depth stream
 from moda_ops.attention import moda_attention
 from moda_ops.stream import DepthSlots, DepthStream
+from moda_ops.varlen import moda_attention_varlen
 
 __version__ = "0.1.0"
-__all__ = ["DepthSlots", "DepthStream", "moda_attention"]
+__all__ = ["DepthSlots", "DepthStream", "moda_attention", "moda_attention_varlen"]

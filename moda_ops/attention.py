@@ -6,6 +6,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from moda_ops.checks import BATCHED, Axes
+
 Depth = Sequence[Tensor] | Tensor
 Window = int | tuple[int | None, int | None]
 Plan = Literal["auto", "fused", "split"]
@@ -120,9 +122,6 @@ def moda_attention(
         torch.Size([2, 16, 4, 32])
     """
     check_tensors(q=q, k=k, v=v)
-    if (k_depth is None) != (v_depth is None):
-        given, missing = ("k_depth", "v_depth") if v_depth is None else ("v_depth", "k_depth")
-        raise ValueError(f"{given} is given but {missing} is None; give both or neither")
     check_option("scale", scale)
     check_option("softcap", softcap)
     check_plan(plan)
@@ -131,8 +130,7 @@ def moda_attention(
         q,
         k,
         v,
-        _slot_list("k_depth", k_depth),
-        _slot_list("v_depth", v_depth),
+        *slot_lists(k_depth, v_depth),
         causal=check_bool("causal", causal),
         scale=scale,
         window_left=left,
@@ -165,29 +163,39 @@ def check_plan(value: object) -> None:
         raise TypeError(f"plan must be a string, got {value!r}")
 
 
-def _slot_list(name: str, depth: Depth | None) -> list[Tensor]:
-    """The op's form of depth: L slots (B, T, H, D), or a list of one packed (B, T, L, H, D)."""
+def slot_lists(
+    k_depth: Depth | None, v_depth: Depth | None, axes: Axes = BATCHED
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The operators' form of depth: L slots, or a list of one packed tensor."""
+    if (k_depth is None) != (v_depth is None):
+        given, missing = ("k_depth", "v_depth") if v_depth is None else ("v_depth", "k_depth")
+        raise ValueError(f"{given} is given but {missing} is None; give both or neither")
+    return _slot_list("k_depth", k_depth, axes), _slot_list("v_depth", v_depth, axes)
+
+
+def _slot_list(name: str, depth: Depth | None, axes: Axes) -> list[Tensor]:
+    slot, packed = f"({axes.queries}, H, D)", f"({axes.queries}, L, H, D)"
     if depth is None:
         return []
     if isinstance(depth, Tensor):
-        if depth.dim() != 5:
+        if depth.dim() != axes.rank + 3:
             raise ValueError(
-                f"{name} given as one tensor must be packed, (B, T, L, H, D), got "
+                f"{name} given as one tensor must be packed, {packed}, got "
                 f"{depth.dim()} dimensions {tuple(depth.shape)}; a single slot goes in a list"
             )
         return [depth]
     if not isinstance(depth, (list, tuple)):
         raise TypeError(
-            f"{name} must be a list of tensors (B, T, H, D) or one packed tensor (B, T, L, H, D), "
+            f"{name} must be a list of tensors {slot} or one packed tensor {packed}, "
             f"got {type(depth).__name__}"
         )
-    for i, slot in enumerate(depth):
-        if not isinstance(slot, Tensor):
-            raise TypeError(f"{name}[{i}] must be a torch.Tensor, got {type(slot).__name__}")
-        if slot.dim() != 4:
+    for i, x in enumerate(depth):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}[{i}] must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != axes.rank + 2:
             raise ValueError(
-                f"{name}[{i}] must be (B, T, H, D), got {slot.dim()} dimensions "
-                f"{tuple(slot.shape)}; a packed tensor is given by itself, not in a list"
+                f"{name}[{i}] must be {slot}, got {x.dim()} dimensions "
+                f"{tuple(x.shape)}; a packed tensor is given by itself, not in a list"
             )
     return list(depth)
 

@@ -1,7 +1,7 @@
 """What the operators accept: one pass over the arguments, errors that name the argument."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
 }
+
+
+class Axes(NamedTuple):
+    """The axes before the heads', as errors call them: of queries, of keys, and how many."""
+
+    queries: str
+    keys: str
+    rank: int
+
+
+BATCHED = Axes("B, T", "B, S", 2)
+PACKED = Axes("total_q", "total_k", 1)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -60,57 +72,79 @@ def check_attention(
     k_depth: list[Tensor],
     v_depth: list[Tensor],
     options: "Options",
+    axes: Axes = BATCHED,
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of ``moda::attention`` fit together."""
-    _check_sequence(q, k, v)
-    B, T, _, D = q.shape
-    H, DV = k.shape[2], v.shape[3]
+    _check_sequence(q, k, v, axes)
+    tokens, D = q.shape[: axes.rank], q.shape[-1]
+    H, DV = k.shape[-2], v.shape[-1]
     if len(k_depth) != len(v_depth):
         raise ValueError(
             "k_depth and v_depth must have the same number of slots, "
             f"got {len(k_depth)} and {len(v_depth)}"
         )
-    if len(k_depth) == 1 and k_depth[0].dim() == 5:
-        L = k_depth[0].shape[2]
-        _check_input("k_depth", k_depth[0], (B, T, L, H, D), "(B, T, L, H, D)", q)
-        _check_input("v_depth", v_depth[0], (B, T, L, H, DV), "(B, T, L, H, DV)", q)
+    if len(k_depth) == 1 and k_depth[0].dim() == axes.rank + 3:
+        slots = *tokens, k_depth[0].shape[-3], H
+        _check_input("k_depth", k_depth[0], (*slots, D), f"({axes.queries}, L, H, D)", q)
+        _check_input("v_depth", v_depth[0], (*slots, DV), f"({axes.queries}, L, H, DV)", q)
     else:
         dtype, device = q.dtype, q.device
-        for name, slots, shape, dims in (
-            ("k_depth", k_depth, (B, T, H, D), "(B, T, H, D)"),
-            ("v_depth", v_depth, (B, T, H, DV), "(B, T, H, DV)"),
+        for name, depth, shape, dims in (
+            ("k_depth", k_depth, (*tokens, H, D), f"({axes.queries}, H, D)"),
+            ("v_depth", v_depth, (*tokens, H, DV), f"({axes.queries}, H, DV)"),
         ):
-            for i, x in enumerate(slots):  # there may be hundreds: the cheapest test first
+            for i, x in enumerate(depth):  # there may be hundreds: the cheapest test first
                 fits = x.shape == shape and x.dtype is dtype and x.device == device
                 if not (fits and x.stride(-1) == 1):
                     _check_input(f"{name}[{i}]", x, shape, dims, q)
     _check_options(options)
 
 
-def _check_sequence(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_sequence(q: Tensor, k: Tensor, v: Tensor, axes: Axes = BATCHED) -> None:
     device = q.device.type
     if device not in DTYPES:
         raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
     if q.dtype not in DTYPES[device]:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[device])
         raise TypeError(f"q must have one of the dtypes {allowed} on {device}, got {q.dtype}")
-    for name, tensor, dims in (
-        ("q", q, "(B, T, HQ, D)"),
-        ("k", k, "(B, S, H, D)"),
-        ("v", v, "(B, S, H, DV)"),
-    ):
-        if tensor.dim() != 4:
+    inputs = (
+        ("q", q, f"({axes.queries}, HQ, D)"),
+        ("k", k, f"({axes.keys}, H, D)"),
+        ("v", v, f"({axes.keys}, H, DV)"),
+    )
+    for name, tensor, dims in inputs:
+        if tensor.dim() != axes.rank + 2:
             raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
-    B, T, HQ, D = q.shape
-    S, H, DV = k.shape[1], k.shape[2], v.shape[3]
-    _check_input("q", q, (B, T, HQ, D), "(B, T, HQ, D)", q)
-    _check_input("k", k, (B, S, H, D), "(B, S, H, D)", q)
-    _check_input("v", v, (B, S, H, DV), "(B, S, H, DV)", q)
+    HQ, D = q.shape[-2:]
+    H, DV = k.shape[-2], v.shape[-1]
+    keys = *q.shape[: axes.rank - 1], k.shape[axes.rank - 1]
+    for (name, tensor, dims), shape in zip(
+        inputs, (q.shape, (*keys, H, D), (*keys, H, DV)), strict=True
+    ):
+        _check_input(name, tensor, shape, dims, q)
     if H == 0 or HQ == 0 or HQ % H:
         raise ValueError(f"q's heads must be a positive multiple of k's, got HQ = {HQ} and H = {H}")
     for name, dim in (("q", D), ("v", DV)):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name}'s head dim must be within 1..{MAX_HEAD_DIM}, got {dim}")
+
+
+def check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> None:
+    """Raise unless these can bound documents; their values stay on their device, unread."""
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu.dim() != 1 or cu.shape[0] == 0:
+            raise ValueError(f"{name} must have shape (documents + 1,), got {_shape(cu)}")
+        if cu.dtype is not torch.int32:
+            raise TypeError(f"{name} must have dtype torch.int32, got {cu.dtype}")
+        if cu.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {cu.device}")
+        if not cu.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tuple(cu.stride())}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must have the same length, documents + 1, got "
+            f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+        )
 
 
 def _check_options(options: "Options") -> None:
@@ -134,14 +168,17 @@ def check_backward(
     q: Tensor,
     v: Tensor,
     lse_dtype: torch.dtype,
+    axes: Axes = BATCHED,
 ) -> None:
     """Raise unless the forward's results and their gradients fit q and v."""
-    B, T, HQ, _ = q.shape
+    *batch, T, HQ, _ = q.shape
+    rows, out_dims = (*batch, T, HQ, v.shape[-1]), f"({axes.queries}, HQ, DV)"
+    lse_dims = "(B, HQ, T)" if axes is BATCHED else f"(HQ, {axes.queries})"
     for name, tensor, shape, dims, dtype in (
-        ("dout", dout, (B, T, HQ, v.shape[-1]), "(B, T, HQ, DV)", q.dtype),
-        ("out", out, (B, T, HQ, v.shape[-1]), "(B, T, HQ, DV)", q.dtype),
-        ("dlse", dlse, (B, HQ, T), "(B, HQ, T)", lse_dtype),
-        ("lse", lse, (B, HQ, T), "(B, HQ, T)", lse_dtype),
+        ("dout", dout, rows, out_dims, q.dtype),
+        ("out", out, rows, out_dims, q.dtype),
+        ("dlse", dlse, (*batch, HQ, T), lse_dims, lse_dtype),
+        ("lse", lse, (*batch, HQ, T), lse_dims, lse_dtype),
     ):
         if tensor is not None:
             check_like(name, tensor, shape, dims, dtype, q.device)

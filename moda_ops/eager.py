@@ -21,10 +21,30 @@ def depth_slots(depth: list[Tensor]) -> list[Tensor]:
     return list(depth[0].unbind(2)) if packed else depth
 
 
-def _visible(T: int, S: int, left: int | None, right: int | None, device: torch.device) -> Tensor:
+CuSeqlens = tuple[Tensor, Tensor] | None
+"""Where documents packed in one batch entry begin, in queries and in keys, and the last ends."""
+
+
+def _visible(
+    T: int,
+    S: int,
+    left: int | None,
+    right: int | None,
+    cu_seqlens: CuSeqlens,
+    device: torch.device,
+) -> Tensor:
     position = torch.arange(S - T, S, device=device)[:, None]
     keys = torch.arange(S, device=device)[None, :]
     seen = torch.ones(T, S, dtype=torch.bool, device=device)
+    if cu_seqlens is not None:
+        document, key_document = (
+            torch.searchsorted(cu, torch.arange(n, device=device, dtype=cu.dtype), right=True) - 1
+            for cu, n in zip(cu_seqlens, (T, S), strict=True)
+        )
+        seen = document[:, None] == key_document[None, :]
+        seen &= (document < len(cu_seqlens[0]) - 1)[:, None]  # what follows the last document
+        last, last_key = (cu[(document + 1).clamp(max=len(cu) - 1)] for cu in cu_seqlens)
+        position = (torch.arange(T, device=device) + last_key - last)[:, None]
     if left is not None:
         seen &= keys >= position - left
     if right is not None:
@@ -56,6 +76,7 @@ def _scores(
     left: int | None,
     right: int | None,
     softcap: float | None,
+    cu_seqlens: CuSeqlens,
 ) -> tuple[Tensor, Tensor]:
     """Scores [B, H, G, T, S + L], sequence then depth, -inf where hidden; and softcap's slope."""
     T, S = q.shape[-2], k.shape[-2]
@@ -66,7 +87,7 @@ def _scores(
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores, slope = softcap * capped, 1 - capped * capped
-    hidden = ~_visible(T, S, left, right, q.device)
+    hidden = ~_visible(T, S, left, right, cu_seqlens, q.device)
     scores[..., :S].masked_fill_(hidden, float("-inf"))
     return scores, slope
 
@@ -83,12 +104,14 @@ def attention(
     right: int | None,
     softcap: float | None,
     plan: str = "auto",
+    cu_seqlens: CuSeqlens = None,
 ) -> tuple[Tensor, Tensor]:
     """``moda::attention``: out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T)."""
     H, S = k.shape[2], k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
-    scores, _ = _scores(rows, keys, depth_slots(k_depth), scale, left, right, softcap)
+    slots = depth_slots(k_depth)
+    scores, _ = _scores(rows, keys, slots, scale, left, right, softcap, cu_seqlens)
     lse = torch.logsumexp(scores, -1)  # [B, H, G, T]
     p = _probabilities(scores, lse)
     out = p[..., :S] @ values
@@ -113,6 +136,7 @@ def attention_backward(
     right: int | None,
     softcap: float | None,
     plan: str = "auto",
+    cu_seqlens: CuSeqlens = None,
     grads: KeyGradients | None = None,
     running: KeyGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
@@ -130,7 +154,7 @@ def attention_backward(
     delta = (drows * _grouped(out, H, dtype)).sum(-1)  # [B, H, G, T]
     if dlse is not None:
         delta = delta - dlse.to(dtype).unflatten(1, delta.shape[1:3])
-    scores, slope = _scores(rows, keys, k_slots, scale, left, right, softcap)
+    scores, slope = _scores(rows, keys, k_slots, scale, left, right, softcap, cu_seqlens)
     p = _probabilities(scores, lse.to(dtype).unflatten(1, delta.shape[1:3]))
     dp_depth = [(drows * _heads_first(slot, dtype)).sum(-1, keepdim=True) for slot in v_slots]
     dp = torch.cat([drows @ values.mT, *dp_depth], -1)

@@ -11,7 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import LOG2E, band_mask, base2_scores, load_rows, softcap_slope
+from moda_kernels.bands import Bands
+from moda_kernels.common import (
+    LOG2E,
+    band_mask,
+    base2_scores,
+    load_rows,
+    softcap_slope,
+    token_range,
+)
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 
 
@@ -29,7 +37,7 @@ def _store_gradient(grad_ptr, strides, running_ptr, running_strides, grad, b, n,
 @triton.jit
 def _sum_over_rows(
     dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, turn, end_turn, blocks, begin, end,
-    inner_end, offs_n, T, S, scale, left, right, softcap, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    inner_end, bands, offs_n, T, S, scale, left, right, softcap, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """dk plus sum ds q and dv plus sum p dout over blocks of rows, which take turns last, first, second, ...
@@ -59,11 +67,11 @@ def _sum_over_rows(
         scores = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)
         log_p = scores - lse[None, :]  # [BLOCK_N, BLOCK_M], base 2
         if EDGE:
-            seen = band_mask((offs_t + (S - T))[None, :], offs_n[:, None], S, left, right)
+            seen = band_mask(bands, offs_t[None, :], offs_n[:, None], T, S, left, right)
             log_p = tl.where(seen, log_p, float("-inf"))
-        elif left is not None:
+        elif left is not None or bands is not None:
             if start + BLOCK_M > inner_end:
-                seen = band_mask((offs_t + (S - T))[None, :], offs_n[:, None], S, left, None)
+                seen = band_mask(bands, offs_t[None, :], offs_n[:, None], T, S, left, None)
                 log_p = tl.where(seen, log_p, float("-inf"))
         p = tl.exp2(log_p)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -76,7 +84,7 @@ def _sum_over_rows(
 
 @triton.jit(do_not_specialize=["T", "S", "left", "right"])
 def _moda_backward_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, k_running_ptr, v_running_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, k_running_ptr, v_running_ptr, bands,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, k_running_strides, v_running_strides,
     scale, left, right, softcap, B, T, S, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -104,27 +112,22 @@ def _moda_backward_dkv_kernel(
     delta_base = delta_ptr + (b * H + j) * G * T
 
     # Rows of tokens that see any of these keys, [begin, end), and all of them, [inner_begin, inner_end).
-    first, last = start_n - (S - T), tl.minimum(start_n + BLOCK_N, S) - 1 - (S - T)
-    begin = 0
-    inner_begin = 0
-    end = T * G
-    inner_end = T * G
-    if right is not None:
-        begin = tl.maximum(first - right, 0) * G
-        inner_begin = (last - right) * G
-    if left is not None:
-        end = tl.minimum(last + left + 1, T) * G
-        inner_end = tl.minimum(first + left + 1, T) * G
+    last_n = tl.minimum(start_n + BLOCK_N, S) - 1
+    begin, inner_begin, inner_end, end = token_range(bands, start_n, last_n, T, S, left, right)
+    begin *= G
+    inner_begin *= G
+    end *= G
+    inner_end *= G
     # The edge goes first and has a block if there are any: see "Two loops" in docs/design.md.
     blocks = tl.cdiv(end - begin, BLOCK_M)
     edges = tl.minimum(tl.cdiv(tl.maximum(inner_begin - begin, 0), BLOCK_M) + 1, blocks)
     dk, dv = _sum_over_rows(
         dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, 0, edges, blocks, begin, end,
-        inner_end, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, True,
+        inner_end, bands, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, True,
     )  # fmt: skip
     dk, dv = _sum_over_rows(
         dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, edges, blocks, blocks, begin, end,
-        inner_end, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, False,
+        inner_end, bands, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, False,
     )  # fmt: skip
 
     _store_gradient(dk_ptr, dk_strides, k_running_ptr, k_running_strides, dk * scale, b, n, j, n_ok, offs_d, D)
@@ -147,8 +150,8 @@ def _prepare(
 
 def launch_dkv(
     p: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
-    k_running: Tensor | None, v_running: Tensor | None,
+    k_running: Tensor | None, v_running: Tensor | None, bands: Bands = None,
 ) -> None:  # fmt: skip
     """Write dk (B, S, H, D) and dv (B, S, H, DV), plus what is running."""
     launch = _prepare(p, *map(layout, (q, k, v, dout, lse, dk, dv, k_running, v_running)))
-    launch(q, k, v, dout, lse, delta, dk, dv, k_running, v_running)
+    launch(q, k, v, dout, lse, delta, dk, dv, k_running, v_running, bands)

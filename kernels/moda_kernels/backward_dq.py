@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
+from moda_kernels.bands import Bands
 from moda_kernels.common import (
     LOG2E,
     band_mask,
@@ -23,7 +24,7 @@ from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 
 @triton.jit
 def _sum_over_keys(
-    dq, q, dout, lse, delta, k_base, v_base, stride_k, stride_v, begin, inner_begin, end, positions, S,
+    dq, q, dout, lse, delta, k_base, v_base, stride_k, stride_v, begin, inner_begin, end, bands, offs_t, T, S,
     scale, left, right, softcap, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """dq plus sum ds k over keys begin..end: EDGE blocks may end past what some rows see, or past S; of the
@@ -42,11 +43,11 @@ def _sum_over_keys(
         scores = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
         log_p = scores - lse[:, None]  # [BLOCK_M, BLOCK_N], base 2
         if EDGE:
-            seen = band_mask(positions[:, None], offs_n[None, :], S, left, right)
+            seen = band_mask(bands, offs_t[:, None], offs_n[None, :], T, S, left, right)
             log_p = tl.where(seen, log_p, float("-inf"))
-        elif left is not None:
+        elif left is not None or bands is not None:
             if start < inner_begin:
-                seen = band_mask(positions[:, None], offs_n[None, :], S, left, None)
+                seen = band_mask(bands, offs_t[:, None], offs_n[None, :], T, S, left, None)
                 log_p = tl.where(seen, log_p, float("-inf"))
         p = tl.exp2(log_p)
         ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
@@ -58,7 +59,7 @@ def _sum_over_keys(
 
 @triton.jit(do_not_specialize=["T", "S", "left", "right"])
 def _moda_backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_depth_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_depth_ptr, dq_ptr, bands,
     q_strides, k_strides, v_strides, dout_strides, scale, left, right, softcap, B, T, S, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -85,18 +86,17 @@ def _moda_backward_dq_kernel(
 
     k_base = k_ptr + b * k_strides[0] + j * k_strides[2]
     v_base = v_ptr + b * v_strides[0] + j * v_strides[2]
-    positions = offs_t + (S - T)
-    first = tile * BLOCK_M // G + (S - T)
-    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1) + (S - T)
-    begin, inner_begin, inner_end, end = key_range(first, last, S, left, right, BLOCK_N)
+    first = tile * BLOCK_M // G
+    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+    begin, inner_begin, inner_end, end = key_range(bands, first, last, T, S, left, right, BLOCK_N)
     # The edge goes first and has a block even where it needs none: see "Two loops" in docs/design.md.
     edge = tl.maximum(tl.minimum(inner_end, end - 1) // BLOCK_N * BLOCK_N, begin)
     dq = _sum_over_keys(
-        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], edge, inner_begin, end, positions, S,
+        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], edge, inner_begin, end, bands, offs_t, T, S,
         scale, left, right, softcap, D, DV, BLOCK_N, True,
     )  # fmt: skip
     dq = _sum_over_keys(
-        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], begin, inner_begin, edge, positions, S,
+        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], begin, inner_begin, edge, bands, offs_t, T, S,
         scale, left, right, softcap, D, DV, BLOCK_N, False,
     )  # fmt: skip
 
@@ -119,9 +119,10 @@ def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, dout: Layout, lse: Lay
 
 
 def launch_dq(
-    p: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq_depth: Tensor | None
-) -> Tensor:
+    p: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq_depth: Tensor | None,
+    bands: Bands = None,
+) -> Tensor:  # fmt: skip
     """dq (B, T, HQ, D) in q's dtype, contiguous."""
     dq = q.new_empty(q.shape)
-    _prepare(p, *map(layout, (q, k, v, dout, lse, dq_depth)))(q, k, v, dout, lse, delta, dq_depth, dq)
+    _prepare(p, *map(layout, (q, k, v, dout, lse, dq_depth)))(q, k, v, dout, lse, delta, dq_depth, dq, bands)
     return dq

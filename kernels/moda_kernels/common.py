@@ -2,7 +2,10 @@
 
 Rows of a tile are (token, group) pairs of one key/value head, r = t * G + g, so that all G queries
 that share a key sit in one tile (arXiv 2603.15619, algorithm 1). A query at key position p sees the
-keys of the band [p - left, p + right]; a side that is None is unbounded, and causal is right = 0.
+keys of the band [p - left, p + right]; a side that is None is unbounded, and causal is right = 0. Of
+packed documents, ``bands`` has each token's first and last key and each key's first and last token
+(see moda_kernels.bands), and stands in for left and right. Either way both ends of the band never fall
+from a token to the next, so that a tile's keys are a range.
 Scores are kept in base 2: exp(x) = 2^(x log2 e).
 """
 
@@ -41,19 +44,24 @@ def softcap_slope(scores, softcap):
 
 
 @triton.jit
-def band_mask(positions, keys, S, left, right):
-    """Which keys each position sees; the two index tensors broadcast against each other."""
-    seen = keys < S
-    if left is not None:
-        seen = seen & (keys >= positions - left)
-    if right is not None:
-        seen = seen & (keys <= positions + right)
+def band_mask(bands, offs_t, keys, T, S, left, right):
+    """Which keys each token sees; the two index tensors broadcast against each other."""
+    if bands is not None:
+        first_key = tl.load(bands[0] + offs_t, mask=offs_t < T, other=S)
+        last_key = tl.load(bands[1] + offs_t, mask=offs_t < T, other=-1)
+        seen = (keys >= first_key) & (keys <= last_key)
+    else:
+        seen = keys < S
+        if left is not None:
+            seen = seen & (keys >= offs_t + (S - T) - left)
+        if right is not None:
+            seen = seen & (keys <= offs_t + (S - T) + right)
     return seen
 
 
 @triton.jit
-def key_range(first, last, S, left, right, BLOCK_N: tl.constexpr):
-    """Keys that positions first..last see: [begin, end) by any, [inner_begin, inner_end) by all.
+def key_range(bands, first, last, T, S, left, right, BLOCK_N: tl.constexpr):
+    """Keys that tokens first..last see: [begin, end) by any, [inner_begin, inner_end) by all.
 
     A block inside the inner range needs no mask; ``begin`` is a multiple of BLOCK_N.
     """
@@ -61,12 +69,40 @@ def key_range(first, last, S, left, right, BLOCK_N: tl.constexpr):
     inner_begin = 0
     end = S
     inner_end = S
-    if left is not None:
-        begin = tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N
-        inner_begin = last - left
-    if right is not None:
-        end = tl.minimum(last + right + 1, S)
-        inner_end = tl.minimum(first + right + 1, S)
+    if bands is not None:
+        begin = tl.load(bands[0] + first) // BLOCK_N * BLOCK_N
+        inner_begin = tl.load(bands[0] + last)
+        end = tl.load(bands[1] + last) + 1
+        inner_end = tl.load(bands[1] + first) + 1
+    else:
+        if left is not None:
+            begin = tl.maximum(first + (S - T) - left, 0) // BLOCK_N * BLOCK_N
+            inner_begin = last + (S - T) - left
+        if right is not None:
+            end = tl.minimum(last + (S - T) + right + 1, S)
+            inner_end = tl.minimum(first + (S - T) + right + 1, S)
+    return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def token_range(bands, first, last, T, S, left, right):
+    """Tokens that see keys first..last: [begin, end) any of them, [inner_begin, inner_end) all."""
+    begin = 0
+    inner_begin = 0
+    end = T
+    inner_end = T
+    if bands is not None:
+        begin = tl.load(bands[2] + first)
+        inner_begin = tl.load(bands[2] + last)
+        end = tl.load(bands[3] + last) + 1
+        inner_end = tl.load(bands[3] + first) + 1
+    else:
+        if right is not None:
+            begin = tl.maximum(first - (S - T) - right, 0)
+            inner_begin = last - (S - T) - right
+        if left is not None:
+            end = tl.minimum(last - (S - T) + left + 1, T)
+            inner_end = tl.minimum(first - (S - T) + left + 1, T)
     return begin, inner_begin, inner_end, end
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
+from moda_kernels.bands import Bands
 from moda_kernels.common import LN2, band_mask, base2_scores, key_range, load_rows, online_softmax
 from moda_kernels.forward_depth import attend_depth
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
@@ -21,7 +22,7 @@ from moda_kernels.slots import DepthLayout, depth_pointers
 
 @triton.jit
 def _attend_sequence(
-    q, m_i, l_i, acc, k_base, v_base, stride_k, stride_v, begin, inner_begin, end, positions, S,
+    q, m_i, l_i, acc, k_base, v_base, stride_k, stride_v, begin, inner_begin, end, bands, offs_t, T, S,
     scale, left, right, softcap, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over keys begin..end: EDGE blocks may end past what some rows see, or past S;
@@ -40,11 +41,11 @@ def _attend_sequence(
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         scores = base2_scores(qk, scale, softcap)
         if EDGE:
-            seen = band_mask(positions[:, None], offs_n[None, :], S, left, right)
+            seen = band_mask(bands, offs_t[:, None], offs_n[None, :], T, S, left, right)
             scores = tl.where(seen, scores, float("-inf"))
-        elif left is not None:
+        elif left is not None or bands is not None:
             if start < inner_begin:
-                seen = band_mask(positions[:, None], offs_n[None, :], S, left, None)
+                seen = band_mask(bands, offs_t[:, None], offs_n[None, :], T, S, left, None)
                 scores = tl.where(seen, scores, float("-inf"))
         m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
@@ -53,7 +54,7 @@ def _attend_sequence(
 
 @triton.jit(do_not_specialize=["T", "S", "L", "left", "right"])
 def _moda_forward_kernel(
-    q_ptr, k_ptr, v_ptr, k_depth, v_depth, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, k_depth, v_depth, out_ptr, lse_ptr, bands,
     q_strides, k_strides, v_strides, scale, left, right, softcap, B, T, S, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -86,18 +87,15 @@ def _moda_forward_kernel(
 
     k_base = k_ptr + b * k_strides[0] + j * k_strides[2]
     v_base = v_ptr + b * v_strides[0] + j * v_strides[2]
-    positions = offs_t + (S - T)
-    begin, inner_begin, inner_end, end = key_range(
-        first_token + (S - T), last_token + (S - T), S, left, right, BLOCK_N
-    )
+    begin, inner_begin, inner_end, end = key_range(bands, first_token, last_token, T, S, left, right, BLOCK_N)
     # The edge goes first and has a block even where it needs none: see "Two loops" in docs/design.md.
     edge = tl.maximum(tl.minimum(inner_end, end - 1) // BLOCK_N * BLOCK_N, begin)
     m_i, l_i, acc = _attend_sequence(
-        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], edge, inner_begin, end, positions, S,
+        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], edge, inner_begin, end, bands, offs_t, T, S,
         scale, left, right, softcap, D, DV, BLOCK_N, True,
     )  # fmt: skip
     m_i, l_i, acc = _attend_sequence(
-        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], begin, inner_begin, edge, positions, S,
+        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], begin, inner_begin, edge, bands, offs_t, T, S,
         scale, left, right, softcap, D, DV, BLOCK_N, False,
     )  # fmt: skip
 
@@ -130,11 +128,11 @@ def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, depth: DepthLayout) ->
 
 
 def launch_forward(
-    p: Problem, q: Tensor, k: Tensor, v: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]
+    p: Problem, q: Tensor, k: Tensor, v: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], bands: Bands = None
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T) in float32, both contiguous."""
     out = q.new_empty(p.B, p.T, p.H * p.G, p.DV)
     lse = q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
     depth, depth_layout = depth_pointers(k_depth, v_depth) if p.L else ([None, None], DepthLayout())
-    _prepare(p, layout(q), layout(k), layout(v), depth_layout)(q, k, v, *depth, out, lse)
+    _prepare(p, layout(q), layout(k), layout(v), depth_layout)(q, k, v, *depth, out, lse, bands)
     return out, lse

@@ -10,6 +10,7 @@ from moda_kernels.backward_delta import launch_delta
 from moda_kernels.backward_depth import launch_backward_depth
 from moda_kernels.backward_dkv import launch_dkv
 from moda_kernels.backward_dq import launch_dq
+from moda_kernels.bands import Bands, launch_bands
 from moda_kernels.forward import launch_forward
 from moda_kernels.forward_depth import launch_forward_depth
 from moda_kernels.plans import backward_plan, forward_plan
@@ -37,6 +38,14 @@ def problem(
     return Problem(B, T, S, L, H, HQ // H, D, v.shape[3], scale, left, right, softcap)
 
 
+def _packed(p: Problem, cu_seqlens: tuple[Tensor, Tensor] | None) -> tuple[Problem, Bands]:
+    """Of packed documents their bands, and the problem without the sides that these stand in for."""
+    if cu_seqlens is None:
+        return p, None
+    bands = launch_bands(*cu_seqlens, p.T, p.S, p.left, p.right)
+    return p._replace(left=None, right=None, varlen=True), bands
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -48,15 +57,17 @@ def attention(
     right: int | None,
     softcap: float | None,
     plan: str = "auto",
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T) in float32, both contiguous."""
     p = problem(q, k, v, k_depth, scale, left, right, softcap)
     if q.numel() == 0:
         return q.new_empty(*q.shape[:3], p.DV), q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
     with torch.cuda.device_of(q):
+        p, bands = _packed(p, cu_seqlens)
         name = forward_plan(plan, p, q, k, v).library
         if name is None:
-            return launch_forward(p, q, k, v, k_depth, v_depth)
+            return launch_forward(p, q, k, v, k_depth, v_depth, bands)
         out, lse = library.attention(name, q, k, v, p.causal, p.scale)
         if p.L == 0:
             return out.contiguous(), lse.contiguous()
@@ -78,6 +89,7 @@ def attention_backward(
     right: int | None,
     softcap: float | None,
     plan: str = "auto",
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
     grads: KeyGradients | None = None,
     running: KeyGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
@@ -100,12 +112,13 @@ def attention_backward(
     if dout.stride(-1) != 1:  # autograd hands down expanded gradients
         dout = dout.contiguous()
     with torch.cuda.device_of(q):
+        p, bands = _packed(p, cu_seqlens)
         name = backward_plan(plan, p, q, k, v, dlse).library
         if name is None:
             delta = launch_delta(p, dout, out, dlse)
             dq = launch_backward_depth(p, q, dout, lse, delta, *depths) if p.L else None
-            dq = launch_dq(p, q, k, v, dout, lse, delta, dq)
-            launch_dkv(p, q, k, v, dout, lse, delta, dk, dv, k_running, v_running)
+            dq = launch_dq(p, q, k, v, dout, lse, delta, dq, bands)
+            launch_dkv(p, q, k, v, dout, lse, delta, dk, dv, k_running, v_running, bands)
         else:
             dq, dk_share, dv_share = library.attention_backward(
                 name, dout, q, k, v, out, lse, p.causal, p.scale

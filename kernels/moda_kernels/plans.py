@@ -56,6 +56,8 @@ def _by_choice(plan: str, p: Problem, most: float) -> Plan | None:
 
 
 def _split(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
+    if p.varlen:
+        return Plan(None, "packed documents are fused")
     if p.softcap is not None:
         return Plan(None, "a library has no softcap")
     if p.left is not None or p.right not in (None, 0):

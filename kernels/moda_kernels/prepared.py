@@ -29,6 +29,7 @@ class Problem(NamedTuple):
     left: int | None
     right: int | None
     softcap: float | None
+    varlen: bool = False  # packed documents: B = 1, and ``bands`` say who sees whom
 
     @property
     def causal(self) -> bool:

@@ -9,7 +9,8 @@ all in float64 whatever comes in:
 * `attention_tiled` is the online-softmax form that a GPU kernel mirrors,
 
 and two forms of its closed-form gradient, `attention_backward_loops` and `attention_backward`.
-`visible` is the sequence mask; `moda_reference.glossary` explains every symbol.
+`attention_varlen` and `attention_varlen_backward` take packed documents, each of which is attention
+of its own. `visible` is the sequence mask; `moda_reference.glossary` explains every symbol.
 
 The package imports NumPy and nothing else.
 
@@ -27,6 +28,7 @@ from moda_reference.gradients import Gradients
 from moda_reference.loops import attention_backward_loops, attention_loops
 from moda_reference.masks import visible
 from moda_reference.tiled import attention_tiled
+from moda_reference.varlen import attention_varlen, attention_varlen_backward
 from moda_reference.vectorised import attention, attention_backward
 
 __all__ = [
@@ -36,5 +38,7 @@ __all__ = [
     "attention_backward_loops",
     "attention_loops",
     "attention_tiled",
+    "attention_varlen",
+    "attention_varlen_backward",
     "visible",
 ]

@@ -16,14 +16,14 @@ SLOTS = (0, 1, 7, 72)
 TOKENS = (1, 63, 111, 128, 1000) if COMPILED else (1, 9, 23)
 
 
-def run_kernels(causal=True, scale=None, window=None, softcap=None):
+def run_kernels(causal=True, scale=None, window=None, softcap=None, **more):
     """``assert_matches_reference``'s run: options in the form that the launchers take."""
     left, right = window if isinstance(window, tuple) else (window, window)
 
     def run(inputs, dout, dlse):
         options = (scale or inputs.q.shape[-1] ** -0.5, left, 0 if causal else right, softcap)
-        out, lse = moda_kernels.attention(*inputs, *options)
-        grads = moda_kernels.attention_backward(dout, dlse, *inputs, out, lse, *options)
+        out, lse = moda_kernels.attention(*inputs, *options, **more)
+        grads = moda_kernels.attention_backward(dout, dlse, *inputs, out, lse, *options, **more)
         return out, lse, Inputs(*grads)
 
     return run

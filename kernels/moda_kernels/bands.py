@@ -1,0 +1,83 @@
+"""Who sees whom in packed documents: each token's first and last key, each key's first and last token.
+
+Document d has the queries cu_q[d]..cu_q[d + 1] and the keys cu_k[d]..cu_k[d + 1], aligned bottom-right: its
+last query sits at its last key. All four columns never fall from one row to the next, whatever the lengths,
+because an empty band of document d is put at the document's own place.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moda_kernels.prepared import Launch, Layout, layout, prepared
+
+Bands = tuple[Tensor, Tensor, Tensor, Tensor] | None
+
+
+@triton.jit
+def _document(cu_ptr, documents, index):
+    """The last document that starts at or before ``index``; an empty one only if nothing else is there."""
+    low = tl.zeros_like(index)
+    high = low + documents  # cu[low] <= index < cu[high], but past the end
+    for _ in range(0, 32):
+        middle = (low + high) // 2
+        starts = tl.load(cu_ptr + middle) <= index
+        low = tl.where(starts & (middle > low), middle, low)
+        high = tl.where(starts, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["documents", "T", "S", "left", "right"])
+def _moda_bands_kernel(
+    cu_q_ptr, cu_k_ptr, first_key_ptr, last_key_ptr, first_token_ptr, last_token_ptr, documents, T, S, left, right,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+
+    d = _document(cu_q_ptr, documents, index)
+    begin = tl.load(cu_k_ptr + d)
+    end = tl.load(cu_k_ptr + d + 1)
+    position = index + end - tl.load(cu_q_ptr + d + 1)
+    first = begin
+    last = end - 1
+    if left is not None:
+        first = tl.minimum(tl.maximum(begin, position - left), end)
+    if right is not None:
+        last = tl.maximum(tl.minimum(last, position + right), begin - 1)
+    inside = index < tl.load(cu_q_ptr + documents)  # what follows the last document sees nothing
+    first = tl.where(inside, first, end)
+    last = tl.where(inside, last, end - 1)
+    tl.store(first_key_ptr + index, first, mask=index < T)
+    tl.store(last_key_ptr + index, last, mask=index < T)
+
+    d = _document(cu_k_ptr, documents, index)
+    begin = tl.load(cu_q_ptr + d)
+    end = tl.load(cu_q_ptr + d + 1)
+    token = index + end - tl.load(cu_k_ptr + d + 1)
+    first = begin
+    last = end - 1
+    if right is not None:
+        first = tl.minimum(tl.maximum(begin, token - right), end)
+    if left is not None:
+        last = tl.maximum(tl.minimum(last, token + left), begin - 1)
+    inside = index < tl.load(cu_k_ptr + documents)
+    first = tl.where(inside, first, end)
+    last = tl.where(inside, last, end - 1)
+    tl.store(first_token_ptr + index, first, mask=index < S)
+    tl.store(last_token_ptr + index, last, mask=index < S)
+
+
+@prepared
+def _prepare(cu_q: Layout, cu_k: Layout, T: int, S: int, left: int | None, right: int | None) -> Launch:
+    BLOCK = 128
+    return Launch(
+        _moda_bands_kernel, triton.cdiv(max(T, S), BLOCK), cu_q.shape[0] - 1, T, S, left, right, BLOCK=BLOCK
+    )
+
+
+def launch_bands(cu_q: Tensor, cu_k: Tensor, T: int, S: int, left: int | None, right: int | None) -> Bands:
+    """Four int32 columns: two of T tokens, two of S keys."""
+    empty = cu_q.new_empty
+    bands = empty(T), empty(T), empty(S), empty(S)
+    _prepare(layout(cu_q), layout(cu_k), T, S, left, right)(cu_q, cu_k, *bands)
+    return bands

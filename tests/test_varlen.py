@@ -1,0 +1,164 @@
+"""torch.ops.moda.attention_varlen and moda_attention_varlen on a CPU: a loop over documents."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import moda_reference
+from moda_ops import moda_attention_varlen
+
+HQ, H, D, DV, L = 6, 2, 16, 24, 3
+LENGTHS, KEY_LENGTHS = [5, 0, 1, 9], [7, 2, 1, 4]
+
+
+def starts(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def inputs(
+    form: str = "list", dtype: torch.dtype = torch.float64, **changes: Any
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    T, S = sum(LENGTHS), sum(KEY_LENGTHS)
+    depth = [randn(T, L, H, n) for n in (D, DV)]
+    k_depth, v_depth = depth if form == "packed" else ([*x.unbind(1)] for x in depth)
+    return (
+        dict(
+            q=randn(T, HQ, D),
+            k=randn(S, H, D),
+            v=randn(S, H, DV),
+            k_depth=k_depth,
+            v_depth=v_depth,
+            cu_seqlens_q=starts(LENGTHS),
+            cu_seqlens_k=starts(KEY_LENGTHS),
+        )
+        | changes
+    )
+
+
+def leaves(x: dict[str, Any]) -> list[Tensor]:
+    depth = [x["k_depth"], x["v_depth"]]
+    slots = depth if isinstance(depth[0], Tensor) else [*depth[0], *depth[1]]
+    return [x["q"], x["k"], x["v"], *slots]
+
+
+@pytest.mark.parametrize("form", ["list", "packed"])
+@pytest.mark.parametrize("options", [{}, dict(causal=False, window=(3, 1), softcap=2.0, scale=0.3)])
+def test_matches_the_reference(options: dict[str, Any], form: str) -> None:
+    x = inputs(form)
+    for leaf in leaves(x):
+        leaf.requires_grad_()
+    out, lse = moda_attention_varlen(**x, **options, return_lse=True)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    grads = torch.autograd.grad([out, lse], leaves(x), [dout, dlse])
+
+    def array(y: Any) -> Any:
+        return [array(z) for z in y] if isinstance(y, list) else y.detach().numpy()
+
+    arrays = [array(y) for y in x.values()]
+    exact_out, exact_lse = moda_reference.attention_varlen(*arrays, **options)
+    exact = moda_reference.attention_varlen_backward(
+        dout.numpy(), *arrays, dlse=dlse.numpy(), **options
+    )
+    depth = (
+        [exact.dk_depth, exact.dv_depth] if form == "packed" else [*exact.dk_depth, *exact.dv_depth]
+    )
+    for actual, expected in zip(
+        (out, lse, *grads), (exact_out, exact_lse, *exact[:3], *depth), strict=True
+    ):
+        np.testing.assert_allclose(actual.detach(), expected, rtol=0, atol=1e-12)
+
+
+def test_gradcheck() -> None:
+    x = inputs()
+    small = [y[..., :2].detach().requires_grad_() for y in leaves(x)]
+
+    def f(q: Tensor, k: Tensor, v: Tensor, *depth: Tensor) -> Any:
+        slots = list(depth[:L]), list(depth[L:])
+        cu = x["cu_seqlens_q"], x["cu_seqlens_k"]
+        out, lse = moda_attention_varlen(q, k, v, *slots, *cu, return_lse=True)
+        return out, lse.masked_fill(lse.isinf(), 0.0)
+
+    assert torch.autograd.gradcheck(f, small, fast_mode=True)
+
+
+@pytest.mark.parametrize("form", ["list", "packed"])
+def test_opcheck(form: str) -> None:
+    x = inputs(form, torch.float32)
+    for leaf in leaves(x):
+        leaf.requires_grad_()
+    depth = [[y] if form == "packed" else y for y in (x["k_depth"], x["v_depth"])]
+    arguments = x["q"], x["k"], x["v"], *depth, x["cu_seqlens_q"], x["cu_seqlens_k"]
+    torch.library.opcheck(torch.ops.moda.attention_varlen, arguments, dict(softcap=3.0))
+    plain = [y.detach() if isinstance(y, Tensor) else [z.detach() for z in y] for y in arguments]
+    out, lse = torch.ops.moda.attention_varlen(*plain)
+    backward = torch.ops.moda.attention_varlen_backward
+    torch.library.opcheck(backward, (out, lse, *plain, out, lse))
+
+
+def test_one_graph_serves_other_lengths() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        moda_attention_varlen, backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for lengths in ([5, 4], [1, 0, 11], [8]):
+        total, cu = sum(lengths), starts(lengths)
+        q = torch.randn(total, HQ, D, requires_grad=True)
+        k, v = torch.randn(total, H, D), torch.randn(total, H, DV)
+        for f in (compiled, moda_attention_varlen):
+            out = f(q, k, v, [k], [v], cu, cu)
+            (grad,) = torch.autograd.grad(out.square().sum(), q)
+            if f is compiled:
+                expected = out, grad
+        torch.testing.assert_close((out, grad), expected)
+
+
+def test_rows_after_the_last_document_see_depth_alone() -> None:
+    x = inputs()
+    cu, cu_k = starts([5, 3]), starts([7, 1])
+    out = moda_attention_varlen(**(x | dict(cu_seqlens_q=cu, cu_seqlens_k=cu_k)))
+    q, depth = x["q"][8:], [[y[8:] for y in x[name]] for name in ("k_depth", "v_depth")]
+    nothing = torch.zeros_like(starts([0]))
+    alone = moda_attention_varlen(q, x["k"][:0], x["v"][:0], *depth, starts([len(q)]), nothing)
+    torch.testing.assert_close(out[8:], alone)
+
+
+CU = starts(LENGTHS)
+ERRORS = [
+    (dict(q=torch.zeros(1, 15, HQ, D)), ValueError, "q must have shape (total_q, HQ, D), got (1, 15, 6, 16)"),
+    (dict(k=torch.zeros(14, H, 8)), ValueError, "k must have shape (total_k, H, D) = (14, 2, 16), got (14, 2, 8)"),
+    (dict(v=torch.zeros(13, H, DV)), ValueError, "v must have shape (total_k, H, DV) = (14, 2, 24), got (13, 2, 24)"),
+    (dict(k_depth=[torch.zeros(14, H, D)] * L), ValueError, "k_depth[0] must have shape (total_q, H, D) = (15, 2, 16), got (14, 2, 16)"),
+    (dict(k_depth=torch.zeros(15, H, D)), ValueError, "k_depth given as one tensor must be packed, (total_q, L, H, D), got 3 dimensions (15, 2, 16); a single slot goes in a list"),
+    (dict(v_depth=None), ValueError, "k_depth is given but v_depth is None; give both or neither"),
+    (dict(cu_seqlens_q=[0, 15]), TypeError, "cu_seqlens_q must be a torch.Tensor, got list"),
+    (dict(cu_seqlens_q=CU.long()), TypeError, "cu_seqlens_q must have dtype torch.int32, got torch.int64"),
+    (dict(cu_seqlens_k=CU[:, None]), ValueError, "cu_seqlens_k must have shape (documents + 1,), got (5, 1)"),
+    (dict(cu_seqlens_k=CU[:0]), ValueError, "cu_seqlens_k must have shape (documents + 1,), got (0)"),
+    (dict(cu_seqlens_k=CU[:-1]), ValueError, "cu_seqlens_q and cu_seqlens_k must have the same length, documents + 1, got 5 and 4"),
+    (dict(cu_seqlens_k=CU.to("meta")), ValueError, "cu_seqlens_k must be on q's device cpu, got meta"),
+    (dict(cu_seqlens_q=torch.zeros(10, dtype=torch.int32)[::2]), ValueError, "cu_seqlens_q must be contiguous, got strides (2,)"),
+    (dict(plan="fast"), ValueError, "plan must be one of 'auto', 'fused', 'split', got 'fast'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), ERRORS)
+def test_message(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        moda_attention_varlen(**inputs(dtype=torch.float32, **changes))
+    assert str(caught.value) == message
+
+
+def test_backward_checks_what_it_is_given() -> None:
+    x = inputs(dtype=torch.float32)
+    out, lse = torch.ops.moda.attention_varlen(*x.values())
+    with pytest.raises(ValueError, match=r"lse must have shape \(HQ, total_q\) = \(6, 15\), got"):
+        torch.ops.moda.attention_varlen_backward(out, None, *x.values(), out, lse.mT)
