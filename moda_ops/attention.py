@@ -6,7 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from moda_ops.checks import BATCHED, Axes
+from moda_ops.checks import BATCHED, Axes, check_both
 
 Depth = Sequence[Tensor] | Tensor
 Window = int | tuple[int | None, int | None]
@@ -167,9 +167,7 @@ def slot_lists(
     k_depth: Depth | None, v_depth: Depth | None, axes: Axes = BATCHED
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The operators' form of depth: L slots, or a list of one packed tensor."""
-    if (k_depth is None) != (v_depth is None):
-        given, missing = ("k_depth", "v_depth") if v_depth is None else ("v_depth", "k_depth")
-        raise ValueError(f"{given} is given but {missing} is None; give both or neither")
+    check_both("k_depth", k_depth, "v_depth", v_depth)
     return _slot_list("k_depth", k_depth, axes), _slot_list("v_depth", v_depth, axes)
 
 

@@ -129,6 +129,12 @@ def _check_sequence(q: Tensor, k: Tensor, v: Tensor, axes: Axes = BATCHED) -> No
             raise ValueError(f"{name}'s head dim must be within 1..{MAX_HEAD_DIM}, got {dim}")
 
 
+def check_both(name: str, x: object, other: str, y: object) -> None:
+    if (x is None) != (y is None):
+        given, missing = (name, other) if y is None else (other, name)
+        raise ValueError(f"{given} is given but {missing} is None; give both or neither")
+
+
 def check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> None:
     """Raise unless these can bound documents; their values stay on their device, unread."""
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -233,14 +239,19 @@ def check_stream_attention(
     v: Tensor | None,
     buffer: Tensor,
     token: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     options: "Options",
 ) -> None:
     """Raise unless the arguments of ``moda::stream_attention`` fit together."""
     check_stream(buffer, token)
     _, B, T, H, E = buffer.shape
-    if (k is None) != (v is None):
-        given, missing = ("k", "v") if v is None else ("v", "k")
-        raise ValueError(f"{given} is given but {missing} is None; give both or neither")
+    check_both("k", k, "v", v)
+    check_both("cu_seqlens_q", cu_seqlens_q, "cu_seqlens_k", cu_seqlens_k)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
+        if B != 1:
+            raise ValueError(f"packed documents need a depth stream of batch B = 1, got B = {B}")
     if k is None and token.shape[0] == 0:
         raise ValueError(
             "the depth stream is empty: write this layer's keys and values first, or give k and v"

@@ -1,6 +1,6 @@
 """The depth stream of a forward pass: all layers' keys and values, in one buffer or as a list."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from moda_ops.attention import (
     moda_attention,
     window_sides,
 )
+from moda_ops.varlen import moda_attention_varlen
 
 
 class DepthStream(NamedTuple):
@@ -159,6 +160,7 @@ class DepthStream(NamedTuple):
         window: Window | None = None,
         softcap: float | None = None,
         plan: Plan = "auto",
+        cu_seqlens: tuple[Tensor, Tensor] | None = None,
     ) -> "tuple[Tensor, DepthStream]":
         """What :func:`moda_attention` computes, with depth read from the stream.
 
@@ -168,6 +170,8 @@ class DepthStream(NamedTuple):
                 depth are the slots before it.
             v: sequence values (B, S, H, DV).
             causal, scale, window, softcap, plan: as in :func:`moda_attention`.
+            cu_seqlens: where packed documents begin, in queries and in keys, as in
+                :func:`moda_attention_varlen`; for a stream of B = 1 whose tokens they share.
 
         Returns:
             ``out`` (B, T, HQ, DV) and the stream to pass on: through it the gradients of later
@@ -189,6 +193,7 @@ class DepthStream(NamedTuple):
             v,
             self.buffer,
             self.token,
+            *(cu_seqlens or ()),
             causal=check_bool("causal", causal),
             scale=scale,
             window_left=left,
@@ -244,6 +249,7 @@ class DepthSlots(NamedTuple):
         window: Window | None = None,
         softcap: float | None = None,
         plan: Plan = "auto",
+        cu_seqlens: tuple[Tensor, Tensor] | None = None,
     ) -> "tuple[Tensor, DepthSlots]":
         """``out`` (B, T, HQ, DV) and the stream to pass on; see :meth:`DepthStream.attend`."""
         k_depth, v_depth = list(self.k), list(self.v)
@@ -254,16 +260,12 @@ class DepthSlots(NamedTuple):
                     "k and v"
                 )
             k, v = k_depth.pop(), v_depth.pop()
-        out = moda_attention(
-            q,
-            k,
-            v,
-            k_depth,
-            v_depth,
-            causal=causal,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            plan=plan,
-        )
-        return out, self
+        options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
+        if cu_seqlens is None:
+            return moda_attention(q, k, v, k_depth, v_depth, **options), self
+        if q.shape[0] != 1:
+            raise ValueError(f"packed documents need a batch of B = 1, got B = {q.shape[0]}")
+        q, k, v, *depth = (x.squeeze(0) for x in (q, k, v, *k_depth, *v_depth))
+        k_depth, v_depth = depth[: len(k_depth)], depth[len(k_depth) :]
+        out = moda_attention_varlen(q, k, v, k_depth, v_depth, *cu_seqlens, **options)
+        return out.unsqueeze(0), self

@@ -36,13 +36,15 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "stream_attention(Tensor q, Tensor? k, Tensor? v, Tensor buffer, Tensor token, "
-    f"{OPTIONS}) -> (Tensor out, Tensor lse, Tensor token)",
+    f"Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, {OPTIONS}) "
+    "-> (Tensor out, Tensor lse, Tensor token)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
     "stream_attention_backward(Tensor? dout, Tensor? dlse, Tensor? dtoken, Tensor q, Tensor? k, "
     "Tensor? v, Tensor buffer, Tensor out, Tensor lse, SymInt slots, ScalarType grad_dtype, "
-    f"{OPTIONS}) -> (Tensor dq, Tensor[] dk_dv, Tensor dtoken)",
+    f"Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, {OPTIONS}) "
+    "-> (Tensor dq, Tensor[] dk_dv, Tensor dtoken)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -140,6 +142,10 @@ def _packed(x: Tensor, slots: int, D: int) -> tuple[list[Tensor], list[Tensor]]:
     return [packed[..., :D]], [packed[..., D:]]
 
 
+def _pair(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if first is None or second is None else (first, second)
+
+
 def _sequence(
     k: Tensor | None, v: Tensor | None, buffer: Tensor, slots: int, D: int
 ) -> tuple[Tensor, Tensor, int]:
@@ -151,21 +157,43 @@ def _sequence(
 
 
 def _attention(
-    q: Tensor, k: Tensor | None, v: Tensor | None, buffer: Tensor, token: Tensor, **options: Any
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    buffer: Tensor,
+    token: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     opts = Options(**options)
-    check_stream_attention(q, k, v, buffer, token, opts)
+    check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, opts)
     slots, D = token.shape[0], q.shape[-1]
     _check_written(buffer, slots)
     k, v, L = _sequence(k, v, buffer, slots, D)
-    out, lse = ops.implementation(q).attention(q, k, v, *_packed(buffer, L, D), *opts.resolved(D))
+    out, lse = ops.implementation(q).attention(
+        q,
+        k,
+        v,
+        *_packed(buffer, L, D),
+        *opts.resolved(D),
+        cu_seqlens=_pair(cu_seqlens_q, cu_seqlens_k),
+    )
     return out, lse, _token(token, slots)
 
 
 def _attention_fake(
-    q: Tensor, k: Tensor | None, v: Tensor | None, buffer: Tensor, token: Tensor, **options: Any
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    buffer: Tensor,
+    token: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_stream_attention(q, k, v, buffer, token, Options(**options))
+    opts = Options(**options)
+    check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, opts)
     B, T, HQ, D = q.shape
     out = q.new_empty(B, T, HQ, buffer.shape[-1] - D)
     lse = q.new_empty(B, HQ, T, dtype=ops.lse_dtype(q))
@@ -178,9 +206,9 @@ def _attention_setup_context(
     keyword_only_inputs: dict[str, Any],
     output: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    q, k, v, buffer, token = inputs
+    q, k, v, buffer, token, *cu_seqlens = inputs
     out, lse, _ = output
-    ctx.save_for_backward(q, k, v, buffer, out, lse)
+    ctx.save_for_backward(q, k, v, buffer, out, lse, *cu_seqlens)
     ctx.slots, ctx.grad_dtype, ctx.options = token.shape[0], token.dtype, keyword_only_inputs
     ctx.set_materialize_grads(False)
 
@@ -189,13 +217,25 @@ def _attention_backward_formula(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, dtoken: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
-        return None, None, None, None, dtoken
-    q, k, v, buffer, out, lse = ctx.saved_tensors
+        return None, None, None, None, dtoken, None, None
+    q, k, v, buffer, out, lse, *cu_seqlens = ctx.saved_tensors
     dq, dk_dv, dtoken = torch.ops.moda.stream_attention_backward(
-        dout, dlse, dtoken, q, k, v, buffer, out, lse, ctx.slots, ctx.grad_dtype, **ctx.options
+        dout,
+        dlse,
+        dtoken,
+        q,
+        k,
+        v,
+        buffer,
+        out,
+        lse,
+        ctx.slots,
+        ctx.grad_dtype,
+        *cu_seqlens,
+        **ctx.options,
     )
     dk, dv = dk_dv or (None, None)
-    return dq, dk, dv, None, dtoken
+    return dq, dk, dv, None, dtoken, None, None
 
 
 def _attention_backward(
@@ -210,11 +250,14 @@ def _attention_backward(
     lse: Tensor,
     slots: int,
     grad_dtype: torch.dtype,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     opts = Options(**options)
+    cu_seqlens = cu_seqlens_q, cu_seqlens_k
     _check_attention_backward(
-        dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, opts
+        dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, *cu_seqlens, opts
     )
     _check_written(buffer, slots)
     D = q.shape[-1]
@@ -238,6 +281,7 @@ def _attention_backward(
         out,
         lse,
         *opts.resolved(D),
+        cu_seqlens=_pair(*cu_seqlens),
         grads=(*into, *_packed(grads, L, D)),
         running=None if dtoken is None else (*running, *_packed(dtoken, L, D)),
     )
@@ -256,11 +300,14 @@ def _attention_backward_fake(
     lse: Tensor,
     slots: int,
     grad_dtype: torch.dtype,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     opts = Options(**options)
+    cu_seqlens = cu_seqlens_q, cu_seqlens_k
     _check_attention_backward(
-        dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, opts
+        dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, *cu_seqlens, opts
     )
     dk_dv = [x.new_empty(x.shape) for x in (k, v) if x is not None]
     grads = buffer.new_empty((slots, *buffer.shape[1:]), dtype=grad_dtype)
@@ -279,10 +326,12 @@ def _check_attention_backward(
     lse: Tensor,
     slots: int,
     grad_dtype: torch.dtype,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     options: Options,
 ) -> None:
     token = _token(buffer[:0].to(grad_dtype), slots)
-    check_stream_attention(q, k, v, buffer, token, options)
+    check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, options)
     check_backward(dout, dlse, out, lse, q, buffer[..., q.shape[-1] :], ops.lse_dtype(q))
     if dtoken is not None:
         check_like(

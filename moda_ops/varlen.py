@@ -3,7 +3,7 @@
 The implementations see one batch entry whose documents hide each other.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -189,6 +189,48 @@ torch.library.register_autograd(
     "moda::attention_varlen", _backward, setup_context=_setup_context, lib=LIBRARY
 )
 torch.library.register_autograd("moda::attention_varlen_backward", _no_double_backward, lib=LIBRARY)
+
+
+@overload
+def moda_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: Depth | None,
+    v_depth: Depth | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: Window | None = ...,
+    softcap: float | None = ...,
+    plan: Plan = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def moda_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: Depth | None,
+    v_depth: Depth | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: Window | None = ...,
+    softcap: float | None = ...,
+    plan: Plan = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def moda_attention_varlen(

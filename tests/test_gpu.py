@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import Inputs, assert_matches_reference, make_inputs
-from moda_ops import DepthStream, moda_attention
+from moda_ops import DepthStream, moda_attention, moda_attention_varlen
 from test_ops import run_public
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +36,33 @@ def test_graph_capture_replays_with_new_inputs():
                 a.copy_(b)
         graph.replay()
         for a, b in zip(results, forward_backward(fresh, dout), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_graph_of_packed_documents_replays_with_other_lengths():
+    """Lengths are read on the device: nothing of them is in the graph."""
+    q, k = (torch.randn(1, 100, h, 64).to("cuda", torch.bfloat16)[0] for h in (8, 2))
+    static = torch.zeros(5, dtype=torch.int32, device="cuda")
+    q.requires_grad_()
+
+    def run(cu):
+        out = moda_attention_varlen(q, k, k, [k], [k], cu, cu)
+        return [out, *torch.autograd.grad(out, q, torch.ones_like(out))]
+
+    lengths = [[0, 25, 50, 75, 100], [0, 0, 3, 99, 100], [0, 100, 100, 100, 100]]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        static.copy_(torch.tensor(lengths[0]))
+        run(static)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(static)
+    for cu in lengths:
+        cu = torch.tensor(cu, dtype=torch.int32, device="cuda")
+        static.copy_(cu)
+        graph.replay()
+        for a, b in zip(results, run(cu), strict=True):
             assert torch.equal(a, b)
 
 

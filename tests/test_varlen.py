@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import moda_reference
-from moda_ops import moda_attention_varlen
+from moda_ops import DepthSlots, DepthStream, moda_attention_varlen
 
 HQ, H, D, DV, L = 6, 2, 16, 24, 3
 LENGTHS, KEY_LENGTHS = [5, 0, 1, 9], [7, 2, 1, 4]
@@ -129,6 +129,43 @@ def test_rows_after_the_last_document_see_depth_alone() -> None:
     nothing = torch.zeros_like(starts([0]))
     alone = moda_attention_varlen(q, x["k"][:0], x["v"][:0], *depth, starts([len(q)]), nothing)
     torch.testing.assert_close(out[8:], alone)
+
+
+@pytest.mark.parametrize("newest", [False, True])
+def test_a_depth_stream_of_packed_documents(newest: bool) -> None:
+    """Three layers over a stream, and over a list, are three calls with the slots so far."""
+    cu = starts(LENGTHS), starts(LENGTHS)
+    generator = torch.Generator().manual_seed(3)
+    shape = 1, sum(LENGTHS)
+    draws = [torch.randn(*shape, h, D, generator=generator) for h in (HQ, H, H)]
+    results = []
+    for stream in (DepthStream.allocate(3, *shape, H, D), DepthSlots(), None):
+        x, *kv = (y.clone().requires_grad_() for y in draws)
+        leaves, slots, y = [x, *kv], [], x
+        for layer in range(3):
+            k, v = (z * (layer + 1) for z in kv)
+            if stream is None:
+                flat = [z[0] for z in (y, k, v)]
+                depth = [list(z) for z in zip(*slots, strict=True)] or [[], []]
+                y = moda_attention_varlen(*flat, *depth, *cu)[None]
+                slots.append((k[0], v[0]))
+            elif newest:
+                stream = stream.write(k, v)
+                y, stream = stream.attend(y, cu_seqlens=cu)
+            else:
+                y, stream = stream.attend(y, k, v, cu_seqlens=cu)
+                stream = stream.write(k, v)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for actual in results[:2]:
+        torch.testing.assert_close(actual, results[2])
+
+
+@pytest.mark.parametrize("kind", [DepthStream, DepthSlots])
+def test_packed_documents_are_one_batch_entry(kind: Any) -> None:
+    x, cu = torch.zeros(2, 4, 1, 8), starts([4])
+    stream = DepthSlots() if kind is DepthSlots else DepthStream.allocate(1, 2, 4, 1, 8)
+    with pytest.raises(ValueError, match=r"packed documents need a .*B = 1, got B = 2"):
+        stream.attend(x, x, x, cu_seqlens=(cu, cu))
 
 
 CU = starts(LENGTHS)
