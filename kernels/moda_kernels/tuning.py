@@ -1,7 +1,8 @@
 """Block sizes of every pass, by what limits them: head dims, element size, group, shared memory.
 
 Measured on an H100 (docs/performance.md) for head dim 64 in bfloat16; the rest is scaled from there
-by what a block keeps in registers and shared memory.
+by what a block keeps in registers and shared memory. That the blocks fit the shared memory of other GPUs
+(A100, Ada, Blackwell) is known from compiling for them; how fast they are there is not measured.
 """
 
 import math
@@ -121,10 +122,12 @@ def backward_dq_tile(dtype: torch.dtype, D: int, DV: int) -> Tile:
     return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 1)
 
 
-def backward_dkv_tile(dtype: torch.dtype, D: int, DV: int) -> Tile:
+def backward_dkv_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int) -> Tile:
     width = max(block_dim(D), block_dim(DV))
     if dtype is torch.float32:
         return Tile(16, 32 if width <= 128 else 16, 4, 1)
     if width <= 64:
         return Tile(128, 64, 4, 2)
-    return Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 64, 8, 1)
+    if width <= 128:
+        return Tile(64, 64, 4, 2)
+    return Tile(32, 64, 8, 1) if shared_memory(device) >= 114_688 else Tile(32, 32, 4, 1)
