@@ -9,7 +9,8 @@ all in float64 whatever comes in:
 * `attention_tiled` is the online-softmax form that a GPU kernel mirrors,
 
 and two forms of its closed-form gradient, `attention_backward_loops` and `attention_backward`.
-`visible` is the sequence mask; `moda_reference.glossary` explains every symbol.
+`decode` is `attention` of new tokens to a cache, `visible` is the sequence mask, and
+`moda_reference.glossary` explains every symbol.
 
 The package imports NumPy and nothing else.
 
@@ -23,6 +24,7 @@ The package imports NumPy and nothing else.
 ((1, 5, 4, 8), (1, 4, 5))
 """
 
+from moda_reference.decoding import Decoded, decode
 from moda_reference.gradients import Gradients
 from moda_reference.loops import attention_backward_loops, attention_loops
 from moda_reference.masks import visible
@@ -30,11 +32,13 @@ from moda_reference.tiled import attention_tiled
 from moda_reference.vectorised import attention, attention_backward
 
 __all__ = [
+    "Decoded",
     "Gradients",
     "attention",
     "attention_backward",
     "attention_backward_loops",
     "attention_loops",
     "attention_tiled",
+    "decode",
     "visible",
 ]
