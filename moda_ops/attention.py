@@ -120,9 +120,7 @@ def moda_attention(
         torch.Size([2, 16, 4, 32])
     """
     check_tensors(q=q, k=k, v=v)
-    if (k_depth is None) != (v_depth is None):
-        given, missing = ("k_depth", "v_depth") if v_depth is None else ("v_depth", "k_depth")
-        raise ValueError(f"{given} is given but {missing} is None; give both or neither")
+    depth = check_depth(k_depth, v_depth)
     check_option("scale", scale)
     check_option("softcap", softcap)
     check_plan(plan)
@@ -131,8 +129,7 @@ def moda_attention(
         q,
         k,
         v,
-        _slot_list("k_depth", k_depth),
-        _slot_list("v_depth", v_depth),
+        *depth,
         causal=check_bool("causal", causal),
         scale=scale,
         window_left=left,
@@ -163,6 +160,14 @@ def check_option(name: str, value: object) -> None:
 def check_plan(value: object) -> None:
     if not isinstance(value, str):
         raise TypeError(f"plan must be a string, got {value!r}")
+
+
+def check_depth(k_depth: Depth | None, v_depth: Depth | None) -> tuple[list[Tensor], list[Tensor]]:
+    """The op's form of depth."""
+    if (k_depth is None) != (v_depth is None):
+        given, missing = ("k_depth", "v_depth") if v_depth is None else ("v_depth", "k_depth")
+        raise ValueError(f"{given} is given but {missing} is None; give both or neither")
+    return _slot_list("k_depth", k_depth), _slot_list("v_depth", v_depth)
 
 
 def _slot_list(name: str, depth: Depth | None) -> list[Tensor]:

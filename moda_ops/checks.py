@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moda_ops.ops import Options
 
 MAX_HEAD_DIM = 256
+MAX_CAPACITY = 2**31 - 2**20  # of a cache, in tokens; leaves room for what is added to positions
 PLANS = ("auto", "fused", "split")
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -63,8 +64,15 @@ def check_attention(
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of ``moda::attention`` fit together."""
     _check_sequence(q, k, v)
+    _check_depth(q, k_depth, v_depth, k.shape[2], v.shape[3])
+    _check_options(options)
+
+
+def _check_depth(
+    q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], H: int, DV: int, t: str = "T"
+) -> None:
+    """``t`` is what q's length is called."""
     B, T, _, D = q.shape
-    H, DV = k.shape[2], v.shape[3]
     if len(k_depth) != len(v_depth):
         raise ValueError(
             "k_depth and v_depth must have the same number of slots, "
@@ -72,43 +80,55 @@ def check_attention(
         )
     if len(k_depth) == 1 and k_depth[0].dim() == 5:
         L = k_depth[0].shape[2]
-        _check_input("k_depth", k_depth[0], (B, T, L, H, D), "(B, T, L, H, D)", q)
-        _check_input("v_depth", v_depth[0], (B, T, L, H, DV), "(B, T, L, H, DV)", q)
+        _check_input("k_depth", k_depth[0], (B, T, L, H, D), f"(B, {t}, L, H, D)", q)
+        _check_input("v_depth", v_depth[0], (B, T, L, H, DV), f"(B, {t}, L, H, DV)", q)
     else:
         dtype, device = q.dtype, q.device
         for name, slots, shape, dims in (
-            ("k_depth", k_depth, (B, T, H, D), "(B, T, H, D)"),
-            ("v_depth", v_depth, (B, T, H, DV), "(B, T, H, DV)"),
+            ("k_depth", k_depth, (B, T, H, D), f"(B, {t}, H, D)"),
+            ("v_depth", v_depth, (B, T, H, DV), f"(B, {t}, H, DV)"),
         ):
             for i, x in enumerate(slots):  # there may be hundreds: the cheapest test first
                 fits = x.shape == shape and x.dtype is dtype and x.device == device
                 if not (fits and x.stride(-1) == 1):
                     _check_input(f"{name}[{i}]", x, shape, dims, q)
-    _check_options(options)
 
 
-def _check_sequence(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_query(q: Tensor, t: str = "T") -> None:
+    """Device, dtype and rank."""
     device = q.device.type
     if device not in DTYPES:
         raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
     if q.dtype not in DTYPES[device]:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[device])
         raise TypeError(f"q must have one of the dtypes {allowed} on {device}, got {q.dtype}")
-    for name, tensor, dims in (
-        ("q", q, "(B, T, HQ, D)"),
-        ("k", k, "(B, S, H, D)"),
-        ("v", v, "(B, S, H, DV)"),
-    ):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
-    B, T, HQ, D = q.shape
+    _check_rank("q", q, f"(B, {t}, HQ, D)")
+    _check_last_stride("q", q)
+
+
+def _check_rank(name: str, tensor: Tensor, dims: str) -> None:
+    if tensor.dim() != dims.count(",") + 1:
+        raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
+
+
+def _check_sequence(q: Tensor, k: Tensor, v: Tensor) -> None:
+    _check_query(q)
+    _check_rank("k", k, "(B, S, H, D)")
+    _check_rank("v", v, "(B, S, H, DV)")
+    B, _, HQ, D = q.shape
     S, H, DV = k.shape[1], k.shape[2], v.shape[3]
-    _check_input("q", q, (B, T, HQ, D), "(B, T, HQ, D)", q)
     _check_input("k", k, (B, S, H, D), "(B, S, H, D)", q)
     _check_input("v", v, (B, S, H, DV), "(B, S, H, DV)", q)
+    _check_heads(HQ, H, D, DV, "k", "v")
+
+
+def _check_heads(HQ: int, H: int, D: int, DV: int, k: str, v: str) -> None:
+    """``k`` and ``v`` are the arguments' names."""
     if H == 0 or HQ == 0 or HQ % H:
-        raise ValueError(f"q's heads must be a positive multiple of k's, got HQ = {HQ} and H = {H}")
-    for name, dim in (("q", D), ("v", DV)):
+        raise ValueError(
+            f"q's heads must be a positive multiple of {k}'s, got HQ = {HQ} and H = {H}"
+        )
+    for name, dim in (("q", D), (v, DV)):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name}'s head dim must be within 1..{MAX_HEAD_DIM}, got {dim}")
 
@@ -233,3 +253,67 @@ def check_stream_attention(
             f"{k.shape[2]} heads, D = {k.shape[-1]} and DV = {v.shape[-1]}"
         )
     _check_options(options)
+
+
+def check_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    options: "Options",
+) -> None:
+    """Raise unless the arguments of ``moda::decode`` or ``moda::decode_`` fit together."""
+    first, second = ("B", "S_max") if block_table is None else ("pages", "page_size")
+    _check_query(q, "N")
+    _check_rank("k_cache", k_cache, f"({first}, {second}, H, D)")
+    _check_rank("v_cache", v_cache, f"({first}, {second}, H, DV)")
+    (B, N, HQ, D), (_, size, H, _), DV = q.shape, k_cache.shape, v_cache.shape[3]
+    rows = B if block_table is None else k_cache.shape[0]
+    _check_input("k_cache", k_cache, (rows, size, H, D), f"({first}, {second}, H, D)", q)
+    _check_input("v_cache", v_cache, (rows, size, H, DV), f"({first}, {second}, H, DV)", q)
+    _check_heads(HQ, H, D, DV, "k_cache", "v_cache")
+    _check_depth(q, k_depth, v_depth, H, DV, "N")
+    check_like("cache_seqlens", cache_seqlens, (B,), "(B,)", torch.int32, q.device, "the kernels")
+    capacity, names = size, "S_max"
+    if block_table is not None:
+        _check_rank("block_table", block_table, "(B, max_pages)")
+        columns = block_table.shape[1]
+        check_like(
+            "block_table", block_table, (B, columns), "(B, max_pages)", torch.int32, q.device,
+            "the kernels",
+        )  # fmt: skip
+        _check_last_stride("block_table", block_table)
+        if size == 0:
+            raise ValueError("k_cache must have a page_size of at least 1, got 0")
+        capacity, names = size * columns, "page_size * max_pages"
+    if capacity > MAX_CAPACITY:
+        raise ValueError(
+            f"{names} must be at most {MAX_CAPACITY}: positions are int32, got {capacity}"
+        )
+    if k_new is not None and v_new is not None:
+        _check_input("k_new", k_new, (B, N, H, D), "(B, N, H, D)", q)
+        _check_input("v_new", v_new, (B, N, H, DV), "(B, N, H, DV)", q)
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if any(
+                stride == 0 and n > 1 for stride, n in zip(cache.stride(), cache.shape, strict=True)
+            ):
+                raise ValueError(
+                    f"{name} is written to and must not repeat its memory, got strides "
+                    f"{tuple(cache.stride())} for shape {_shape(cache)}"
+                )
+    _check_options(options)
+    if torch.is_grad_enabled():
+        for name, tensors in (
+            ("q", [q]), ("k_cache", [k_cache]), ("v_cache", [v_cache]), ("k_depth", k_depth),
+            ("v_depth", v_depth), ("k_new", [k_new]), ("v_new", [v_new]),
+        ):  # fmt: skip
+            if any(x is not None and x.requires_grad for x in tensors):
+                raise RuntimeError(
+                    f"moda_decode has no gradient, but {name} requires one; call it under "
+                    "torch.no_grad() or torch.inference_mode(), or train with moda_attention"
+                )
