@@ -255,6 +255,12 @@ def check_stream_attention(
     _check_options(options)
 
 
+def _check_indices(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, q: Tensor) -> None:
+    if tensor.dtype is not torch.int32:
+        raise TypeError(f"{name} must have dtype torch.int32, got {tensor.dtype}")
+    check_like(name, tensor, shape, dims, torch.int32, q.device)
+
+
 def check_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -278,15 +284,12 @@ def check_decode(
     _check_input("v_cache", v_cache, (rows, size, H, DV), f"({first}, {second}, H, DV)", q)
     _check_heads(HQ, H, D, DV, "k_cache", "v_cache")
     _check_depth(q, k_depth, v_depth, H, DV, "N")
-    check_like("cache_seqlens", cache_seqlens, (B,), "(B,)", torch.int32, q.device, "the kernels")
+    _check_indices("cache_seqlens", cache_seqlens, (B,), "(B,)", q)
     capacity, names = size, "S_max"
     if block_table is not None:
         _check_rank("block_table", block_table, "(B, max_pages)")
         columns = block_table.shape[1]
-        check_like(
-            "block_table", block_table, (B, columns), "(B, max_pages)", torch.int32, q.device,
-            "the kernels",
-        )  # fmt: skip
+        _check_indices("block_table", block_table, (B, columns), "(B, max_pages)", q)
         _check_last_stride("block_table", block_table)
         if size == 0:
             raise ValueError("k_cache must have a page_size of at least 1, got 0")
