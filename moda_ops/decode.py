@@ -219,8 +219,9 @@ def moda_decode(
             positions cache_seqlens[b] .. cache_seqlens[b] + N - 1 before anything is read.
         v_new: values likewise, (B, N, H, DV).
         block_table: (B, max_pages) int32: position n of sequence b lies in page
-            block_table[b, n // page_size], at n % page_size. Any page_size >= 1; multiples of 16
-            are fast. Entries of pages that no query sees, and no new token goes to, are not read.
+            block_table[b, n // page_size], at n % page_size. Any page_size >= 1; 16, 32 and
+            multiples of 64 are fast. Entries of pages that no query sees, and no new token goes to,
+            are not read.
         scale: factor on every score; default 1 / sqrt(D).
         window: ``(left, right)`` or an int, as in ``moda_attention``: also hides n < pos - left.
             ``right`` hides nothing more.

@@ -103,6 +103,22 @@ def test_writes_in_place_and_nothing_else(device):
     assert not out.isnan().any()
 
 
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_a_cache_without_room_leaves_depth(page_size, device):
+    q, _, _, k_depth, v_depth = make_decoding([0], 1, 4, 2, 16, 3, device=device).inputs
+    rows, size, table = 1, 0, None
+    if page_size is not None:
+        rows, size, table = 2, page_size, torch.empty(1, 0, dtype=torch.int32, device=device)
+    cache = torch.full((2, rows, size, 2, 16), float("nan"), device=device)
+    lengths, new = torch.zeros(1, dtype=torch.int32, device=device), k_depth[0]
+    out = moda_decode(
+        q, *cache, k_depth, v_depth, lengths, k_new=new, v_new=new, block_table=table
+    )  # fmt: skip
+    expected = moda_attention(q, new[:, :0], new[:, :0], k_depth, v_depth)
+    torch.testing.assert_close(out, expected, **tolerance(out.dtype))
+    assert cache.isnan().all()
+
+
 def test_caches_may_share_one_buffer(device):
     """Keys and values side by side in one row of memory, as many servers keep them."""
     case = make_decoding([3, 7], 2, 4, 2, 16, 1, DV=8, append=True, device=device)

@@ -15,7 +15,7 @@ from moda_kernels.common import cache_places, load_rows
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 
 
-@triton.jit(do_not_specialize=["T", "S", "pages"])
+@triton.jit(do_not_specialize=["table_stride", "B", "T", "S", "pages"])
 def _moda_decode_append_kernel(
     k_new_ptr, v_new_ptr, k_ptr, v_ptr, seqlens_ptr, table_ptr,
     k_new_strides, v_new_strides, k_strides, v_strides, table_stride, B, T, S, H, pages,

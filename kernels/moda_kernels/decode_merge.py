@@ -5,6 +5,7 @@
 A program owns one row (b, t, h) and takes BLOCK_S parts at a time. Parts with lse_s = -inf are not read.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +15,7 @@ from moda_kernels.common import LN2, LOG2E, load_rows, online_softmax
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 
 
-@triton.jit(do_not_specialize=["T", "splits"])
+@triton.jit(do_not_specialize=["B", "T", "splits"])
 def _moda_decode_merge_kernel(
     outs_ptr, lses_ptr, out_ptr, lse_ptr, B, T, HQ, splits,
     DV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -51,7 +52,10 @@ def _prepare(p: Problem, splits: int, out: Layout) -> Launch:
 
 
 def launch_decode_merge(
-    p: Problem, splits: int, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor
-) -> None:
-    """From outs (splits, B, T, HQ, DV) and lses (splits, B, HQ, T) to out and lse, all contiguous."""
-    _prepare(p, splits, layout(out))(outs, lses, out, lse)
+    p: Problem, outs: Tensor, lses: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """out (B, T, HQ, DV) in ``dtype`` and lse (B, HQ, T), from outs and lses with an axis of splits before."""
+    out = outs.new_empty(outs.shape[1:], dtype=dtype)
+    lse = lses.new_empty(lses.shape[1:])
+    _prepare(p, len(outs), layout(out))(outs, lses, out, lse)
+    return out, lse

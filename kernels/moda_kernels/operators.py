@@ -10,8 +10,9 @@ from moda_kernels.backward_delta import launch_delta
 from moda_kernels.backward_depth import launch_backward_depth
 from moda_kernels.backward_dkv import launch_dkv
 from moda_kernels.backward_dq import launch_dq
-from moda_kernels.decode import launch_decode
 from moda_kernels.decode_append import launch_decode_append
+from moda_kernels.decode_merge import launch_decode_merge
+from moda_kernels.decode_split import launch_decode_split
 from moda_kernels.forward import launch_forward
 from moda_kernels.forward_depth import launch_forward_depth
 from moda_kernels.plans import backward_plan, forward_plan
@@ -156,4 +157,9 @@ def decode(
         if k_new is not None and v_new is not None:
             launch_decode_append(p, k_new, v_new, k_cache, v_cache, cache_seqlens, block_table)
         new = 0 if k_new is None else p.T
-        return launch_decode(p, q, k_cache, v_cache, k_depth, v_depth, cache_seqlens, block_table, new)
+        outs, lses = launch_decode_split(
+            p, q, k_cache, v_cache, k_depth, v_depth, cache_seqlens, block_table, new
+        )
+        if len(outs) == 1:
+            return outs[0], lses[0]
+        return launch_decode_merge(p, outs, lses, q.dtype)

@@ -14,6 +14,7 @@ import triton
 # Sequence products for a depth product above which a split plan is faster: not measured yet, hence never.
 SPLIT_FORWARD = math.inf
 SPLIT_BACKWARD = math.inf
+DECODE_SPLITS = 128  # at most: parts of a sequence's keys that a decoding step merges
 
 
 class Tile(NamedTuple):
@@ -157,13 +158,10 @@ def decode_depth(
     return depth if depth.DEPTH_DOT else depth._replace(BLOCK_L=min(8, slots))
 
 
-MAX_SPLITS = 128
-
-
 def decode_splits(device: torch.device, programs: int, S: int, BLOCK_N: int) -> int:
     """Programs that share a tile's keys: two per multiprocessor in all, and two blocks of keys each.
 
     ``S`` is what a cache can hold: how much it holds is known on the device alone. Not measured yet.
     """
     wanted = 2 * multiprocessors(device) // programs
-    return max(1, min(wanted, triton.cdiv(S, 2 * BLOCK_N), MAX_SPLITS))
+    return max(1, min(wanted, triton.cdiv(S, 2 * BLOCK_N), DECODE_SPLITS))

@@ -7,7 +7,7 @@ import torch
 
 import moda_kernels
 from helpers import FORMS, assert_decodes, make_decoding
-from moda_kernels import tuning
+from moda_kernels import decode_append, decode_merge, decode_split, tuning
 
 COMPILED = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -189,23 +189,18 @@ def test_splits_fill_the_multiprocessors():
 
 
 @pytest.mark.gpu
-def test_one_compilation_serves_all_lengths_depths_and_splits(force_splits):
-    from moda_kernels import decode, decode_append, decode_merge
-
-    modules = decode, decode_append, decode_merge
+def test_one_compilation_serves_all_sizes_but_those_of_heads(force_splits):
+    modules = decode_append, decode_split, decode_merge
     kernels = [f for module in modules for n, f in vars(module).items() if n.endswith("_kernel")]
     assert len(kernels) == 3
     counts = []
-    for length, L, window, splits in [
-        (48, 2, 5, 2),
-        (1, 1, 1, 3),
-        (300, 16, 16, 16),
-        (64, 33, 9, 5),
-    ]:
+    for length, B, L, window, splits in [
+        (48, 2, 2, 5, 2), (1, 1, 1, 1, 3), (300, 16, 16, 16, 16), (64, 7, 33, 9, 5),
+    ]:  # fmt: skip
         force_splits(splits)
         case = make_decoding(
-            [length, 7], 1, 6, 3, 48, L, page_size=16, append=True, left=window,
-            spare=300 - length, dtype=torch.bfloat16, device="cuda",
+            [length] * B, 1, 6, 3, 48, L, page_size=16, append=True, left=window,
+            dtype=torch.bfloat16, device="cuda",
         )  # fmt: skip
         check(case, window=window)
         counts.append(sum(len(kernel.device_caches[0][0]) for kernel in kernels))

@@ -26,10 +26,29 @@ from moda_kernels.common import (
     online_softmax,
     skip_slots,
 )
-from moda_kernels.decode_merge import launch_decode_merge
 from moda_kernels.forward_depth import attend_depth
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
+
+
+@triton.jit
+def _few_pages(
+    table_ptr, table_stride, pages, b, start, lowest, end, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr
+):
+    """``cache_places`` of a block that is whole pages, or within one: scalar loads of their ids, after which
+    the compiler still overlaps loads of keys with products; after a gather of ids it does not.
+    """
+    block = tl.arange(0, BLOCK_N)
+    page = tl.zeros([BLOCK_N], tl.int64)
+    there = block < 0
+    for i in tl.static_range((BLOCK_N + PAGE_SIZE - 1) // PAGE_SIZE):
+        first = tl.cast(start, tl.int32) + i * PAGE_SIZE
+        read = (first < end) & (first + PAGE_SIZE > lowest)
+        page_i, _, there_i = cache_places(table_ptr, table_stride, b, first, read, pages, PAGE_SIZE)
+        here = block // PAGE_SIZE == i
+        page = tl.where(here, page_i, page)
+        there = tl.where(here, there_i, there)
+    return page, ((start + block) % PAGE_SIZE).to(tl.int64), there
 
 
 @triton.jit
@@ -41,13 +60,14 @@ def _attend_cache(
     offs_d = tl.arange(0, q.shape[1])
     offs_dv = tl.arange(0, acc.shape[1])
     block = tl.arange(0, BLOCK_N)
+    WHOLE_PAGES: tl.constexpr = PAGE_SIZE >= 16 and (PAGE_SIZE % BLOCK_N == 0 or BLOCK_N % PAGE_SIZE == 0)
     for start in range(begin, end, BLOCK_N):
         offs_n = start + block
         key_ok = (offs_n >= lowest) & (offs_n < end)
-        if table_ptr is not None and PAGE_SIZE % BLOCK_N == 0:  # the block lies in one page
-            first = tl.cast(start, tl.int32)
-            page, place, there = cache_places(table_ptr, table_stride, b, first, first < end, pages, PAGE_SIZE)
-            place = place + block
+        if WHOLE_PAGES:
+            page, place, there = _few_pages(
+                table_ptr, table_stride, pages, b, start, lowest, end, BLOCK_N, PAGE_SIZE
+            )
             key_ok = key_ok & there
         else:
             page, place, key_ok = cache_places(table_ptr, table_stride, b, offs_n, key_ok, pages, PAGE_SIZE)
@@ -63,9 +83,9 @@ def _attend_cache(
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=["left", "new", "T", "S", "L", "pages", "splits"])
-def _moda_decode_kernel(
-    q_ptr, k_ptr, v_ptr, k_depth, v_depth, seqlens_ptr, table_ptr, out_ptr, lse_ptr,
+@triton.jit(do_not_specialize=["table_stride", "left", "new", "B", "T", "S", "L", "pages", "splits"])
+def _moda_decode_split_kernel(
+    q_ptr, k_ptr, v_ptr, k_depth, v_depth, seqlens_ptr, table_ptr, outs_ptr, lses_ptr,
     q_strides, k_strides, v_strides, table_stride, scale, left, softcap, new, B, T, S, L, H, pages, splits,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -114,13 +134,13 @@ def _moda_decode_kernel(
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row that saw nothing: out = 0, lse = -inf
     part = split.to(tl.int64) * B + b
-    out_rows = out_ptr + ((part * T + offs_t) * (H * G) + query_head) * DV
+    out_rows = outs_ptr + ((part * T + offs_t) * (H * G) + query_head) * DV
     tl.store(
         out_rows[:, None] + offs_dv[None, :],
-        (acc / l_safe[:, None]).to(out_ptr.dtype.element_ty),
+        (acc / l_safe[:, None]).to(outs_ptr.dtype.element_ty),
         mask=row_ok[:, None] & (offs_dv < DV)[None, :],
     )
-    tl.store(lse_ptr + (part * H * G + query_head) * T + offs_t, (m_i + tl.log2(l_safe)) * LN2, mask=row_ok)
+    tl.store(lses_ptr + (part * H * G + query_head) * T + offs_t, (m_i + tl.log2(l_safe)) * LN2, mask=row_ok)
 
 
 @prepared
@@ -130,7 +150,7 @@ def _prepare(
 ) -> Launch:  # fmt: skip
     depth_tile = tuning.decode_depth(q.device, q.dtype, p.G, p.D, p.DV, tile.BLOCK_M)
     return Launch(
-        _moda_decode_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H * splits,
+        _moda_decode_split_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H * splits,
         q.strides[:3], k.strides[:3], v.strides[:3], table.strides[0] if table else 0, p.scale, p.left, p.softcap,
         new, p.B, p.T, p.S, p.L, p.H, k.shape[0], splits,
         G=p.G, D=p.D, DV=p.DV, PAGE_SIZE=k.shape[1] if table else 0,
@@ -139,28 +159,22 @@ def _prepare(
     )  # fmt: skip
 
 
-def launch_decode(
+def launch_decode_split(
     p: Problem, q: Tensor, k_cache: Tensor, v_cache: Tensor, k_depth: list[Tensor], v_depth: list[Tensor],
     cache_seqlens: Tensor, block_table: Tensor | None, new: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T) in float32, both contiguous.
+    """Parts' outs (splits, B, T, HQ, DV) and lses (splits, B, HQ, T) in float32, contiguous; outs in q's
+    dtype if there is one split.
 
     p.S is what a sequence's part of the caches can hold; they hold cache_seqlens + ``new`` keys of it.
     """
-    HQ = p.H * p.G
-    out = q.new_empty(p.B, p.T, HQ, p.DV)
-    lse = q.new_empty(p.B, HQ, p.T, dtype=torch.float32)
     tile = tuning.decode_tile(q.dtype, p.T * p.G, p.D, p.DV)
     programs = triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H
     splits = tuning.decode_splits(q.device, programs, p.S, tile.BLOCK_N)
-    outs, lses = out, lse
-    if splits > 1:
-        outs = q.new_empty(splits, *out.shape, dtype=torch.float32)
-        lses = q.new_empty(splits, *lse.shape, dtype=torch.float32)
+    outs = q.new_empty(splits, p.B, p.T, p.H * p.G, p.DV, dtype=q.dtype if splits == 1 else torch.float32)
+    lses = q.new_empty(splits, p.B, p.H * p.G, p.T, dtype=torch.float32)
     depth, depth_layout = depth_pointers(k_depth, v_depth) if p.L else ([None, None], DepthLayout())
     layouts = map(layout, (q, k_cache, v_cache, cache_seqlens, block_table))
     launch = _prepare(p, tile, splits, new, *layouts, depth_layout)
     launch(q, k_cache, v_cache, *depth, cache_seqlens, block_table, outs, lses)
-    if splits > 1:
-        launch_decode_merge(p, splits, outs, lses, out, lse)
-    return out, lse
+    return outs, lses
