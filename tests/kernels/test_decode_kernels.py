@@ -130,7 +130,7 @@ def test_scale_and_window_beyond_32_bits(device):
 
 
 def test_what_does_not_fit_is_neither_written_nor_seen(device):
-    """A cache of 6 whose sequences would have 5, 7 and 2^31 tokens; a page that does not exist."""
+    """A cache of 6 whose sequences would have 5, 7 and 2^31 tokens."""
     case = make_decoding([3, 5, 2], 2, 2, 1, 16, 1, append=True, spare=0, device=device)
     seqlens = torch.tensor([3, 5, 2**31 - 1], dtype=torch.int32, device=device)
     case = case._replace(
@@ -144,16 +144,26 @@ def test_what_does_not_fit_is_neither_written_nor_seen(device):
         assert torch.equal(cache[2, :2], x[2, :2]) and cache[2, 2:].isnan().all()
         assert cache._base[:, 0].isnan().all() and cache._base[:, 7:].isnan().all()
 
-    paged = make_decoding([3], 2, 2, 1, 16, 1, page_size=4, append=True, device=device)
-    before = paged.k_cache.clone()
-    table = torch.tensor([[paged.block_table[0, 0], -1]], dtype=torch.int32, device=device)
-    out, lse = run_kernels()(paged._replace(block_table=table))
-    changed = (paged.k_cache.nan_to_num(0) != before.nan_to_num(0)).any(-1).nonzero()
-    assert changed.tolist() == [[int(table[0, 0]), 3, 0]]
-    whole = make_decoding([3], 2, 2, 1, 16, 1, append=True, device=device)
-    expected, expected_lse = run_kernels()(whole)
+
+@pytest.mark.parametrize("beyond", [False, True])
+def test_a_page_that_does_not_exist_holds_nothing(beyond, device):
+    """The second token's page is the one before the first, or after the last."""
+    case = make_decoding([3], 2, 2, 1, 16, 1, page_size=4, append=True, device=device)
+    pages, first = len(case.k_cache), int(case.block_table[0, 0])
+    table = torch.tensor([[first, pages if beyond else -1]], dtype=torch.int32, device=device)
+    larger = [x.new_full((pages + 2, *x.shape[1:]), float("nan")) for x in (case.k_cache,) * 2]
+    caches = [x[1:-1] for x in larger]
+    for cache, x in zip(caches, (case.k_cache, case.v_cache), strict=True):
+        cache.copy_(x)
+    out, lse = run_kernels()(case._replace(k_cache=caches[0], v_cache=caches[1], block_table=table))
+    expected, expected_lse = run_kernels()(
+        make_decoding([3], 2, 2, 1, 16, 1, append=True, device=device)
+    )
     assert torch.equal(out[:, 0], expected[:, 0]) and torch.equal(lse[..., 0], expected_lse[..., 0])
     assert not out.isnan().any()
+    for x, new in zip(larger, (case.k_new, case.v_new), strict=True):
+        assert torch.equal(x[1 + first, 3], new[0, 0])
+        assert (~x.isnan()).any(-1).any(-1).nonzero().tolist() == [[1 + first, n] for n in range(4)]
 
 
 @pytest.mark.parametrize(("B", "N"), [(0, 1), (2, 0)])
