@@ -1,15 +1,22 @@
 """Mixture-of-Depths Attention (MoDA, arXiv 2603.15619) for torch.compile.
 
-``moda_attention`` is the public function and ``DepthStream`` its form for whole models; importing
-this package also registers the operators ``torch.ops.moda.*``. Triton is loaded by the first call
-on a CUDA tensor, never by the import.
+``moda_attention`` is the public function, ``DepthStream`` its form for whole models, and
+``moda_decode`` its decoding step; importing this package also registers the operators
+``torch.ops.moda.*``. Triton is loaded by the first call on a CUDA tensor, never by the import.
 """
 
 from moda_ops import ops as ops  # registers torch.ops.moda.*
 from moda_ops import stream_ops as stream_ops  # and those of a depth stream
 from moda_ops.attention import moda_attention
+from moda_ops.decode import moda_decode
 from moda_ops.stream import DepthSlots, DepthStream
 from moda_ops.varlen import moda_attention_varlen
 
 __version__ = "0.1.0"
-__all__ = ["DepthSlots", "DepthStream", "moda_attention", "moda_attention_varlen"]
+__all__ = [
+    "DepthSlots",
+    "DepthStream",
+    "moda_attention",
+    "moda_attention_varlen",
+    "moda_decode",
+]

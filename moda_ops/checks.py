@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moda_ops.ops import Options
 
 MAX_HEAD_DIM = 256
+MAX_CAPACITY = 2**31 - 2**20  # of a cache, in tokens; leaves room for what is added to positions
 PLANS = ("auto", "fused", "split")
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -27,6 +28,7 @@ class Axes(NamedTuple):
 
 BATCHED = Axes("B, T", "B, S", 2)
 PACKED = Axes("total_q", "total_k", 1)
+DECODING = Axes("B, N", "B, S_max", 2)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -76,13 +78,19 @@ def check_attention(
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of ``moda::attention`` fit together."""
     _check_sequence(q, k, v, axes)
-    tokens, D = q.shape[: axes.rank], q.shape[-1]
-    H, DV = k.shape[-2], v.shape[-1]
+    _check_depth(q, k_depth, v_depth, k.shape[-2], v.shape[-1], axes)
+    _check_options(options)
+
+
+def _check_depth(
+    q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], H: int, DV: int, axes: Axes
+) -> None:
     if len(k_depth) != len(v_depth):
         raise ValueError(
             "k_depth and v_depth must have the same number of slots, "
             f"got {len(k_depth)} and {len(v_depth)}"
         )
+    tokens, D = q.shape[: axes.rank], q.shape[-1]
     if len(k_depth) == 1 and k_depth[0].dim() == axes.rank + 3:
         slots = *tokens, k_depth[0].shape[-3], H
         _check_input("k_depth", k_depth[0], (*slots, D), f"({axes.queries}, L, H, D)", q)
@@ -97,34 +105,45 @@ def check_attention(
                 fits = x.shape == shape and x.dtype is dtype and x.device == device
                 if not (fits and x.stride(-1) == 1):
                     _check_input(f"{name}[{i}]", x, shape, dims, q)
-    _check_options(options)
 
 
-def _check_sequence(q: Tensor, k: Tensor, v: Tensor, axes: Axes = BATCHED) -> None:
+def _check_query(q: Tensor, axes: Axes) -> None:
+    """Device, dtype and rank."""
     device = q.device.type
     if device not in DTYPES:
         raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
     if q.dtype not in DTYPES[device]:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[device])
         raise TypeError(f"q must have one of the dtypes {allowed} on {device}, got {q.dtype}")
-    inputs = (
-        ("q", q, f"({axes.queries}, HQ, D)"),
-        ("k", k, f"({axes.keys}, H, D)"),
-        ("v", v, f"({axes.keys}, H, DV)"),
-    )
-    for name, tensor, dims in inputs:
-        if tensor.dim() != axes.rank + 2:
-            raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
+    _check_rank("q", q, f"({axes.queries}, HQ, D)")
+    _check_last_stride("q", q)
+
+
+def _check_rank(name: str, tensor: Tensor, dims: str) -> None:
+    if tensor.dim() != dims.count(",") + 1:
+        raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
+
+
+def _check_sequence(q: Tensor, k: Tensor, v: Tensor, axes: Axes = BATCHED) -> None:
+    _check_query(q, axes)
+    k_dims, v_dims = f"({axes.keys}, H, D)", f"({axes.keys}, H, DV)"
+    _check_rank("k", k, k_dims)
+    _check_rank("v", v, v_dims)
     HQ, D = q.shape[-2:]
     H, DV = k.shape[-2], v.shape[-1]
     keys = *q.shape[: axes.rank - 1], k.shape[axes.rank - 1]
-    for (name, tensor, dims), shape in zip(
-        inputs, (q.shape, (*keys, H, D), (*keys, H, DV)), strict=True
-    ):
-        _check_input(name, tensor, shape, dims, q)
+    _check_input("k", k, (*keys, H, D), k_dims, q)
+    _check_input("v", v, (*keys, H, DV), v_dims, q)
+    _check_heads(HQ, H, D, DV, "k", "v")
+
+
+def _check_heads(HQ: int, H: int, D: int, DV: int, k: str, v: str) -> None:
+    """``k`` and ``v`` are the arguments' names."""
     if H == 0 or HQ == 0 or HQ % H:
-        raise ValueError(f"q's heads must be a positive multiple of k's, got HQ = {HQ} and H = {H}")
-    for name, dim in (("q", D), ("v", DV)):
+        raise ValueError(
+            f"q's heads must be a positive multiple of {k}'s, got HQ = {HQ} and H = {H}"
+        )
+    for name, dim in (("q", D), (v, DV)):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name}'s head dim must be within 1..{MAX_HEAD_DIM}, got {dim}")
 
@@ -281,3 +300,70 @@ def check_stream_attention(
             f"{k.shape[2]} heads, D = {k.shape[-1]} and DV = {v.shape[-1]}"
         )
     _check_options(options)
+
+
+def _check_indices(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, q: Tensor) -> None:
+    if tensor.dtype is not torch.int32:
+        raise TypeError(f"{name} must have dtype torch.int32, got {tensor.dtype}")
+    check_like(name, tensor, shape, dims, torch.int32, q.device)
+
+
+def check_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    options: "Options",
+) -> None:
+    """Raise unless the arguments of ``moda::decode`` or ``moda::decode_`` fit together."""
+    first, second = ("B", "S_max") if block_table is None else ("pages", "page_size")
+    _check_query(q, DECODING)
+    _check_rank("k_cache", k_cache, f"({first}, {second}, H, D)")
+    _check_rank("v_cache", v_cache, f"({first}, {second}, H, DV)")
+    (B, N, HQ, D), (_, size, H, _), DV = q.shape, k_cache.shape, v_cache.shape[3]
+    rows = B if block_table is None else k_cache.shape[0]
+    _check_input("k_cache", k_cache, (rows, size, H, D), f"({first}, {second}, H, D)", q)
+    _check_input("v_cache", v_cache, (rows, size, H, DV), f"({first}, {second}, H, DV)", q)
+    _check_heads(HQ, H, D, DV, "k_cache", "v_cache")
+    _check_depth(q, k_depth, v_depth, H, DV, DECODING)
+    _check_indices("cache_seqlens", cache_seqlens, (B,), "(B,)", q)
+    capacity, names = size, "S_max"
+    if block_table is not None:
+        _check_rank("block_table", block_table, "(B, max_pages)")
+        columns = block_table.shape[1]
+        _check_indices("block_table", block_table, (B, columns), "(B, max_pages)", q)
+        _check_last_stride("block_table", block_table)
+        if size == 0:
+            raise ValueError("k_cache must have a page_size of at least 1, got 0")
+        capacity, names = size * columns, "page_size * max_pages"
+    if capacity > MAX_CAPACITY:
+        raise ValueError(
+            f"{names} must be at most {MAX_CAPACITY}: positions are int32, got {capacity}"
+        )
+    if k_new is not None and v_new is not None:
+        _check_input("k_new", k_new, (B, N, H, D), "(B, N, H, D)", q)
+        _check_input("v_new", v_new, (B, N, H, DV), "(B, N, H, DV)", q)
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if any(
+                stride == 0 and n > 1 for stride, n in zip(cache.stride(), cache.shape, strict=True)
+            ):
+                raise ValueError(
+                    f"{name} is written to and must not repeat its memory, got strides "
+                    f"{tuple(cache.stride())} for shape {_shape(cache)}"
+                )
+    _check_options(options)
+    if torch.is_grad_enabled():
+        for name, tensors in (
+            ("q", [q]), ("k_cache", [k_cache]), ("v_cache", [v_cache]), ("k_depth", k_depth),
+            ("v_depth", v_depth), ("k_new", [k_new]), ("v_new", [v_new]),
+        ):  # fmt: skip
+            if any(x is not None and x.requires_grad for x in tensors):
+                raise RuntimeError(
+                    f"moda_decode has no gradient, but {name} requires one; call it under "
+                    "torch.no_grad() or torch.inference_mode(), or train with moda_attention"
+                )

@@ -73,13 +73,10 @@ def _scores(
     k: Tensor,
     k_depth: list[Tensor],
     scale: float,
-    left: int | None,
-    right: int | None,
     softcap: float | None,
-    cu_seqlens: CuSeqlens,
+    seen: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Scores [B, H, G, T, S + L], sequence then depth, -inf where hidden; and softcap's slope."""
-    T, S = q.shape[-2], k.shape[-2]
     sequence = q @ k.mT  # [B, H, G, T, S]
     depth = [(q * _heads_first(slot, q.dtype)).sum(-1, keepdim=True) for slot in k_depth]
     scores = torch.cat([sequence, *depth], -1) * scale
@@ -87,8 +84,7 @@ def _scores(
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores, slope = softcap * capped, 1 - capped * capped
-    hidden = ~_visible(T, S, left, right, cu_seqlens, q.device)
-    scores[..., :S].masked_fill_(hidden, float("-inf"))
+    scores[..., : k.shape[-2]].masked_fill_(~seen, float("-inf"))
     return scores, slope
 
 
@@ -107,15 +103,29 @@ def attention(
     cu_seqlens: CuSeqlens = None,
 ) -> tuple[Tensor, Tensor]:
     """``moda::attention``: out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T)."""
+    seen = _visible(q.shape[1], k.shape[1], left, right, cu_seqlens, q.device)
+    return _attend(q, k, v, depth_slots(k_depth), depth_slots(v_depth), scale, softcap, seen)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_slots: list[Tensor],
+    v_slots: list[Tensor],
+    scale: float,
+    softcap: float | None,
+    seen: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """out and lse under a sequence mask that broadcasts to [B, H, G, T, S]."""
     H, S = k.shape[2], k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
-    slots = depth_slots(k_depth)
-    scores, _ = _scores(rows, keys, slots, scale, left, right, softcap, cu_seqlens)
+    scores, _ = _scores(rows, keys, k_slots, scale, softcap, seen)
     lse = torch.logsumexp(scores, -1)  # [B, H, G, T]
     p = _probabilities(scores, lse)
     out = p[..., :S] @ values
-    for i, slot in enumerate(depth_slots(v_depth), S):
+    for i, slot in enumerate(v_slots, S):
         out += p[..., i, None] * _heads_first(slot, dtype)
     return _ungrouped(out, q.dtype), lse.flatten(1, 2).contiguous()
 
@@ -154,7 +164,8 @@ def attention_backward(
     delta = (drows * _grouped(out, H, dtype)).sum(-1)  # [B, H, G, T]
     if dlse is not None:
         delta = delta - dlse.to(dtype).unflatten(1, delta.shape[1:3])
-    scores, slope = _scores(rows, keys, k_slots, scale, left, right, softcap, cu_seqlens)
+    seen = _visible(q.shape[1], S, left, right, cu_seqlens, q.device)
+    scores, slope = _scores(rows, keys, k_slots, scale, softcap, seen)
     p = _probabilities(scores, lse.to(dtype).unflatten(1, delta.shape[1:3]))
     dp_depth = [(drows * _heads_first(slot, dtype)).sum(-1, keepdim=True) for slot in v_slots]
     dp = torch.cat([drows @ values.mT, *dp_depth], -1)
@@ -192,3 +203,57 @@ def _store(into: list[Tensor], grads: list[Tensor], running: list[Tensor] | None
     slots = depth_slots(into)
     for i, grad in enumerate(grads):
         slots[i].copy_(grad if running is None else grad + depth_slots(running)[i])
+
+
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    scale: float,
+    left: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """``moda::decode``, or ``moda::decode_``: out (B, N, HQ, DV) in q's dtype, lse (B, HQ, N)."""
+    B, N = q.shape[:2]
+    first = cache_seqlens.long()[:, None]  # the first new token's position
+    if k_new is None or v_new is None:
+        first = first - N
+    positions = first + torch.arange(N)  # [B, N]
+    page, place, there = _cache_places(k_cache, block_table, positions)
+    if k_new is not None and v_new is not None:
+        k_cache[page[there], place[there]] = k_new[there]
+        v_cache[page[there], place[there]] = v_new[there]
+
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    longest = int(positions.max()) + 1 if positions.numel() else 0
+    keys = torch.arange(min(max(longest, 0), capacity))  # [S]
+    page, place, there = _cache_places(k_cache, block_table, keys.expand(B, -1))
+    seen = (keys <= positions[..., None]) & there[:, None]  # [B, N, S]
+    if left is not None:
+        seen &= keys >= positions[..., None] - left
+    read = seen.any(1)  # the rest of a cache may hold NaN
+    k, v = (x.new_zeros(*read.shape, *x.shape[2:]) for x in (k_cache, v_cache))
+    k[read], v[read] = k_cache[page[read], place[read]], v_cache[page[read], place[read]]
+    seen = seen[:, None, None]
+    return _attend(q, k, v, depth_slots(k_depth), depth_slots(v_depth), scale, softcap, seen)
+
+
+def _cache_places(
+    cache: Tensor, block_table: Tensor | None, positions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where positions [B, n] lie on a cache's first two axes, and which of them there are."""
+    size = cache.shape[1]
+    if block_table is None:
+        page = torch.arange(len(positions))[:, None].expand_as(positions)
+        return page, positions, (positions >= 0) & (positions < size)
+    there = (positions >= 0) & (positions < size * block_table.shape[1])
+    column = (positions // size).where(there, 0)
+    page = block_table.long().gather(1, column) if block_table.shape[1] else column
+    return page, positions % size, there & (page >= 0) & (page < len(cache))

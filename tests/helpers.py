@@ -212,3 +212,117 @@ def assert_matches_reference(
     for name, g, e, p in zip(names, grads.leaves(), [*exact[:3], *depth], plain, strict=True):
         p = torch.zeros_like(g) if p is None else p.nan_to_num(0.0)
         assert_accurate(name, g, e, p, floor[name])
+
+
+class Decoding(NamedTuple):
+    """A decoding step: what the operators take, and what its caches stand for.
+
+    In ``inputs`` k and v (B, S, H, ..) are the sequences' tokens one after the other; the caches
+    hold those that a step may read, and NaN everywhere else.
+    """
+
+    inputs: Inputs
+    lengths: list[int]  # tokens of each sequence, the new ones included
+    k_cache: Tensor
+    v_cache: Tensor
+    cache_seqlens: Tensor
+    block_table: Tensor | None
+    k_new: Tensor | None
+    v_new: Tensor | None
+
+    def one(self, b: int) -> Inputs:
+        """Sequence b by itself, for ``moda_attention``."""
+        sequence = self.inputs.map(lambda x: x[b : b + 1])
+        k, v = (x[:, : self.lengths[b]] for x in (sequence.k, sequence.v))
+        return sequence._replace(k=k, v=v)
+
+
+def make_decoding(
+    cache_seqlens: list[int],
+    N: int,
+    HQ: int,
+    H: int,
+    D: int,
+    L: int,
+    *,
+    DV: int | None = None,
+    page_size: int | None = None,
+    append: bool = False,
+    left: int | None = None,
+    spare: int = 3,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    form: str = "list",
+    seed: int = 0,
+) -> Decoding:
+    """Contiguous caches, or shuffled pages with page ids of all sorts where none is used.
+
+    Tokens too far left of all queries for a window are not in the caches, and a page that only
+    had such tokens is gone. ``spare`` is how much longer a cache is than the longest sequence.
+    """
+    B, generator = len(cache_seqlens), torch.Generator().manual_seed(seed)
+    lengths = [n + N if append else n for n in cache_seqlens]
+    S = max(lengths, default=0)
+    inputs = make_inputs(
+        B, N, HQ, H, D, L, S=S, DV=DV, dtype=dtype, device=device, form=form, seed=seed
+    )
+    table, rows, size = torch.arange(B)[:, None], B, S + spare
+    if page_size is not None:
+        columns, size = -(-(S + spare) // page_size), page_size
+        rows = B * columns + 2
+        table = torch.randperm(rows, generator=generator)[: B * columns].view(B, columns)
+    caches = [x.new_full((rows, size + 2, *x.shape[2:]), float("nan")) for x in inputs[1:3]]
+    k_cache, v_cache = (cache[:, 1:-1] for cache in caches)
+    used = torch.zeros_like(table, dtype=torch.bool)
+    for b, length in enumerate(lengths):
+        n = torch.arange(0 if left is None else max(0, length - N - left), length)
+        used[b, n // size] = True
+        n = n[: len(n) - (N if append else 0)]
+        at = table[b, n // size].to(device), (n % size).to(device)
+        k_cache[at], v_cache[at] = inputs.k[b, n], inputs.v[b, n]
+    junk = torch.tensor([-1, 2**31 - 1, -(2**31), rows])
+    junk = junk[torch.randint(0, 4, table.shape, generator=generator)]
+    new = [x.new_empty(B, N, *x.shape[2:]) if append else None for x in inputs[1:3]]
+    if append:
+        for b, n in enumerate(lengths):
+            new[0][b], new[1][b] = inputs.k[b, n - N : n], inputs.v[b, n - N : n]
+    return Decoding(
+        inputs,
+        lengths,
+        k_cache,
+        v_cache,
+        torch.tensor(cache_seqlens, dtype=torch.int32, device=device),
+        None if page_size is None else table.where(used, junk).to(device, torch.int32),
+        *new,
+    )
+
+
+def assert_decodes(case: Decoding, run: Any, **options: Any) -> None:
+    """``run(case) -> (out, lse)``, which may write to its caches, against moda_reference.decode."""
+    q, _, _, k_depth, v_depth = case.inputs.numpy()
+    tensors = [None if x is None else x.double().cpu().numpy() for x in case[2:]]
+    k_cache, v_cache, _, _, k_new, v_new = tensors
+    lengths = case.cache_seqlens.cpu().numpy()
+    table = None if case.block_table is None else case.block_table.cpu().numpy()
+    left = options.get("window")
+    if table is not None and left is not None:  # the reference reads keys that no query sees
+        table = np.where((table < 0) | (table >= len(k_cache)), 0, table)
+    exact = moda_reference.decode(
+        q, np.nan_to_num(k_cache), np.nan_to_num(v_cache), k_depth, v_depth, lengths,
+        k_new=k_new, v_new=v_new, block_table=table, **options,
+    )  # fmt: skip
+    out, lse = run(case)
+    plain_out, plain_lse, floor = torch.empty_like(out), torch.empty_like(lse), [0.0, 0.0]
+    for b in range(len(case.lengths)):
+        one = case.one(b)
+        plain_out[b : b + 1], plain_lse[b : b + 1] = plain_attention(one, **options)
+        zeros = torch.zeros_like(out[:1]), torch.zeros_like(lse[:1])
+        errors = rounding(one, *zeros, **options)
+        floor = [max(floor[0], errors["out"]), max(floor[1], errors["lse"])]
+    assert_accurate("out", out, exact.out, plain_out, floor[0])
+    assert_accurate("lse", lse, exact.lse, plain_lse, floor[1])
+    for name, cache, expected in (
+        ("k_cache", case.k_cache, exact.k_cache),
+        ("v_cache", case.v_cache, exact.v_cache),
+    ):
+        assert np.array_equal(np.nan_to_num(cache.double().cpu().numpy()), expected), name

@@ -1,4 +1,4 @@
-"""What the passes share: scores, the band mask, the online softmax, and where a depth slot lies.
+"""What the passes share: scores, the band mask, the online softmax, where slots and caches lie.
 
 Rows of a tile are (token, group) pairs of one key/value head, r = t * G + g, so that all G queries
 that share a key sit in one tile (arXiv 2603.15619, algorithm 1). A query at key position p sees the
@@ -158,3 +158,29 @@ def slot_rows(depth, b, j, offs_t, offs_l, l_ok, dtype: tl.constexpr, ALIGNED: t
         pointer, stride_b, stride_t, stride_l, stride_h = depth
         rows = pointer + b * stride_b + j * stride_h
         return rows + t * stride_t + offs_l.to(tl.int64)[None, :] * stride_l
+
+
+@triton.jit
+def skip_slots(depth, first):
+    """``depth``, as ``slot_rows`` takes it, without its first slots."""
+    if len(depth) == 2:
+        return depth[0] + first, depth[1]
+    else:
+        pointer, stride_b, stride_t, stride_l, stride_h = depth
+        return pointer + first.to(tl.int64) * stride_l, stride_b, stride_t, stride_l, stride_h
+
+
+@triton.jit
+def cache_places(table_ptr, table_stride, b, positions, ok, pages, PAGE_SIZE: tl.constexpr):
+    """Where positions of sequence b lie on the first two axes of a cache, and which of those ok do.
+
+    ``table_ptr`` is None for a cache with one row of positions per sequence. Else it leads to the pages
+    of each sequence; entries of positions that are not ok are not read, and a page that does not exist
+    holds nothing.
+    """
+    if table_ptr is None:
+        return b, tl.cast(positions, tl.int64), ok
+    else:
+        page = tl.load(table_ptr + b * table_stride + positions // PAGE_SIZE, mask=ok, other=-1)
+        there = (page >= 0) & (page < pages)
+        return page.to(tl.int64), tl.cast(positions % PAGE_SIZE, tl.int64), there

@@ -1,4 +1,4 @@
-"""The two operators: choose each pass's plan, and run its kernels in order."""
+"""The operators: choose each pass's plan, and run its kernels in order."""
 
 from typing import Any
 
@@ -11,6 +11,9 @@ from moda_kernels.backward_depth import launch_backward_depth
 from moda_kernels.backward_dkv import launch_dkv
 from moda_kernels.backward_dq import launch_dq
 from moda_kernels.bands import Bands, launch_bands
+from moda_kernels.decode_append import launch_decode_append
+from moda_kernels.decode_merge import launch_decode_merge
+from moda_kernels.decode_split import launch_decode_split
 from moda_kernels.forward import launch_forward
 from moda_kernels.forward_depth import launch_forward_depth
 from moda_kernels.plans import backward_plan, forward_plan
@@ -29,9 +32,11 @@ def problem(
     left: int | None,
     right: int | None,
     softcap: float | None,
+    S: int | None = None,
 ) -> Problem:
+    """S is k's length, if not given."""
     B, T, HQ, D = q.shape
-    S, H = k.shape[1], k.shape[2]
+    S, H = k.shape[1] if S is None else S, k.shape[2]
     L = k_depth[0].shape[2] if k_depth and k_depth[0].dim() == 5 else len(k_depth)
     # Windows that show the same keys, small enough for 32-bit sums with positions.
     left, right = (side if side is None else min(side, T + S) for side in (left, right))
@@ -140,3 +145,34 @@ def _store(into: Tensor, grad: Tensor, running: Tensor | None) -> None:
         into.copy_(grad)
     else:
         torch.add(grad, running, out=into)
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    scale: float,
+    left: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T) in float32; k_new and v_new go into the caches."""
+    S = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
+    p = problem(q, k_cache, v_cache, k_depth, scale, left, 0, softcap, S)
+    if q.numel() == 0:
+        return q.new_empty(*q.shape[:3], p.DV), q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        if k_new is not None and v_new is not None:
+            launch_decode_append(p, k_new, v_new, k_cache, v_cache, cache_seqlens, block_table)
+        new = 0 if k_new is None else p.T
+        outs, lses = launch_decode_split(
+            p, q, k_cache, v_cache, k_depth, v_depth, cache_seqlens, block_table, new
+        )
+        if len(outs) == 1:
+            return outs[0], lses[0]
+        return launch_decode_merge(p, outs, lses, q.dtype)

@@ -15,6 +15,7 @@ import triton
 # Sequence products for a depth product above which a split plan is faster: not measured yet, hence never.
 SPLIT_FORWARD = math.inf
 SPLIT_BACKWARD = math.inf
+DECODE_SPLITS = 128  # at most: parts of a sequence's keys that a decoding step merges
 
 
 class Tile(NamedTuple):
@@ -67,6 +68,13 @@ def shared_memory(device: torch.device) -> int:
         return 1 << 20
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.shared_memory_per_block_optin
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter: enough to split keys of small problems
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def forward_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> Tile:
@@ -131,3 +139,32 @@ def backward_dkv_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int)
     if width <= 128:
         return Tile(64, 64, 4, 2)
     return Tile(32, 64, 8, 1) if shared_memory(device) >= 114_688 else Tile(32, 32, 4, 1)
+
+
+def decode_tile(dtype: torch.dtype, rows: int, D: int, DV: int) -> Tile:
+    """For the ``rows`` (token, group) pairs of a head: as many as do not spill, and no more than
+    there are. Not measured yet.
+    """
+    width = max(block_dim(D), block_dim(DV))
+    if dtype is torch.float32:
+        return Tile(16, 32, 4, 2 if width <= 64 else 1)
+    BLOCK_M = max(16, min(64 if width <= 128 else 32, triton.next_power_of_2(rows)))
+    return Tile(BLOCK_M, 64, 4, 3) if width <= 128 else Tile(BLOCK_M, 32, 4, 2)
+
+
+def decode_depth(
+    device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, BLOCK_M: int
+) -> ForwardDepth:
+    """The forward's walk over slots; sums take more slots at a time where there are fewer rows."""
+    depth = forward_depth(device, dtype, G, D, DV, BLOCK_M)
+    slots = max(1, 8192 // (BLOCK_M * max(block_dim(D), block_dim(DV))))
+    return depth if depth.DEPTH_DOT else depth._replace(BLOCK_L=min(8, slots))
+
+
+def decode_splits(device: torch.device, programs: int, S: int, BLOCK_N: int) -> int:
+    """Programs that share a tile's keys: two per multiprocessor in all, and two blocks of keys each.
+
+    ``S`` is what a cache can hold: how much it holds is known on the device alone. Not measured yet.
+    """
+    wanted = 2 * multiprocessors(device) // programs
+    return max(1, min(wanted, triton.cdiv(S, 2 * BLOCK_N), DECODE_SPLITS))

@@ -10,7 +10,8 @@ all in float64 whatever comes in:
 
 and two forms of its closed-form gradient, `attention_backward_loops` and `attention_backward`.
 `attention_varlen` and `attention_varlen_backward` take packed documents, each of which is attention
-of its own. `visible` is the sequence mask; `moda_reference.glossary` explains every symbol.
+of its own. `decode` is `attention` of new tokens to a cache, `visible` is the sequence mask, and
+`moda_reference.glossary` explains every symbol.
 
 The package imports NumPy and nothing else.
 
@@ -24,6 +25,7 @@ The package imports NumPy and nothing else.
 ((1, 5, 4, 8), (1, 4, 5))
 """
 
+from moda_reference.decoding import Decoded, decode
 from moda_reference.gradients import Gradients
 from moda_reference.loops import attention_backward_loops, attention_loops
 from moda_reference.masks import visible
@@ -32,6 +34,7 @@ from moda_reference.varlen import attention_varlen, attention_varlen_backward
 from moda_reference.vectorised import attention, attention_backward
 
 __all__ = [
+    "Decoded",
     "Gradients",
     "attention",
     "attention_backward",
@@ -40,5 +43,6 @@ __all__ = [
     "attention_tiled",
     "attention_varlen",
     "attention_varlen_backward",
+    "decode",
     "visible",
 ]

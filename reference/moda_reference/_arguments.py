@@ -12,7 +12,7 @@ Array = npt.NDArray[np.float64]
 Depth = Sequence[npt.ArrayLike] | npt.ArrayLike | None
 Window = int | tuple[int | None, int | None] | None
 
-MAY_BE_ZERO = frozenset("BTSL")
+MAY_BE_ZERO = frozenset("BTSL") | {"max_pages"}
 
 
 class Inputs(NamedTuple):
@@ -42,14 +42,14 @@ def read_inputs(
 ) -> Inputs:
     """Check the arguments against each other and convert them; an error names the wrong one."""
     sizes: dict[str, int] = {}
-    q_array = _bind("q", q, "B T HQ D", sizes)
-    k_array = _bind("k", k, "B S H D", sizes)
-    v_array = _bind("v", v, "B S H DV", sizes)
+    q_array = bind("q", q, "B T HQ D", sizes)
+    k_array = bind("k", k, "B S H D", sizes)
+    v_array = bind("v", v, "B S H DV", sizes)
     if sizes["HQ"] % sizes["H"]:
         raise ValueError(
             f"q has HQ={sizes['HQ']} heads and k has H={sizes['H']}; HQ must be a multiple of H"
         )
-    k_packed, v_packed = _read_depth(k_depth, v_depth, sizes)
+    k_packed, v_packed = read_depth(k_depth, v_depth, sizes)
     if not isinstance(causal, bool | np.bool_):
         raise TypeError(f"causal must be True or False, got {causal!r}")
     return Inputs(
@@ -73,7 +73,7 @@ def read_upstream(
     sizes = {"B": B, "T": T, "HQ": HQ, "DV": x.v.shape[-1]}
     if dlse is None:
         dlse = np.zeros((B, HQ, T))
-    return _bind("dout", dout, "B T HQ DV", sizes), _bind("dlse", dlse, "B HQ T", sizes)
+    return bind("dout", dout, "B T HQ DV", sizes), bind("dlse", dlse, "B HQ T", sizes)
 
 
 def window_sides(window: Window) -> tuple[int | None, int | None]:
@@ -116,7 +116,7 @@ def _finite(name: str, value: float, *, positive: bool = False) -> float:
     return float(value)
 
 
-def _bind(name: str, given: npt.ArrayLike, layout: str, sizes: dict[str, int]) -> Array:
+def bind(name: str, given: npt.ArrayLike, layout: str, sizes: dict[str, int]) -> Array:
     """`given` in float64 if its shape fits `layout`; sizes not known before become known."""
     array = np.asarray(given)
     if array.dtype.kind not in "biuf":
@@ -136,7 +136,8 @@ def _bind(name: str, given: npt.ArrayLike, layout: str, sizes: dict[str, int]) -
     return array.astype(np.float64)
 
 
-def _read_depth(k_depth: Depth, v_depth: Depth, sizes: dict[str, int]) -> tuple[Array, Array]:
+def read_depth(k_depth: Depth, v_depth: Depth, sizes: dict[str, int]) -> tuple[Array, Array]:
+    """Both depths packed, if they fit each other and `sizes`; without depth L = 0."""
     if k_depth is None and v_depth is None:
         k_depth = v_depth = []
     if k_depth is None or v_depth is None:
@@ -157,8 +158,8 @@ def _pack(
 ) -> Array:
     """One (B, T, L, H, width) array from a list of slots or from a packed array."""
     if not isinstance(given, Sequence):
-        return _bind(name, given, f"B T L H {width}", dict(sizes))
-    slots = [_bind(f"{name}[{l}]", slot, f"B T H {width}", sizes) for l, slot in enumerate(given)]
+        return bind(name, given, f"B T L H {width}", dict(sizes))
+    slots = [bind(f"{name}[{l}]", slot, f"B T H {width}", sizes) for l, slot in enumerate(given)]
     if not slots:
         return np.zeros((sizes["B"], sizes["T"], 0, sizes["H"], sizes[width]))
     return np.stack(slots, axis=2)

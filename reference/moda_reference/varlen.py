@@ -78,6 +78,11 @@ def attention_varlen_backward(
 
     Raises:
         TypeError, ValueError: an argument is not what is said above; the text names it.
+
+    >>> q = k = v = np.arange(12.0).reshape(3, 2, 2)
+    >>> grads = attention_varlen_backward(np.ones_like(q), q, k, v, [k], [v], [0, 1, 3], [0, 1, 3])
+    >>> bool(np.allclose(grads.dv.sum() + grads.dv_depth[0].sum(), q.size))    # p sums to 1
+    True
     """
     rows, keys, values, *depth = _arrays(q, k, v, k_depth, v_depth)
     dout = np.asarray(dout)

@@ -1,0 +1,283 @@
+"""Decoding against a cache: torch.ops.moda.decode, its form that appends, and the public function.
+
+``decode_`` also writes new keys and values into the caches, which its schema declares. Neither has
+a gradient: an input that requires one is an error unless gradients are off.
+"""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from moda_ops.attention import (
+    Depth,
+    Window,
+    check_bool,
+    check_option,
+    check_tensors,
+    slot_lists,
+    window_sides,
+)
+from moda_ops.checks import check_decode
+from moda_ops.ops import LIBRARY, Options, implementation, lse_dtype
+
+OPTIONS = "*, float? scale=None, SymInt? window_left=None, float? softcap=None"
+LIBRARY.define(
+    "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] k_depth, Tensor[] v_depth, "
+    f"Tensor cache_seqlens, Tensor? block_table=None, {OPTIONS}) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "decode_(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor[] k_depth, Tensor[] v_depth, "
+    "Tensor cache_seqlens, Tensor k_new, Tensor v_new, Tensor? block_table=None, "
+    f"{OPTIONS}) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    caches, depth = (k_cache, v_cache), (k_depth, v_depth)
+    return _run(q, caches, depth, cache_seqlens, block_table, (None, None), options)
+
+
+def _decode_append(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    cache_seqlens: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    block_table: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    caches, depth = (k_cache, v_cache), (k_depth, v_depth)
+    results = _run(q, caches, depth, cache_seqlens, block_table, (k_new, v_new), options)
+    for cache in caches:
+        if not cache.is_inference():
+            torch.autograd.graph.increment_version(cache)
+    return results
+
+
+def _run(
+    q: Tensor,
+    caches: tuple[Tensor, Tensor],
+    depth: tuple[list[Tensor], list[Tensor]],
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    new: tuple[Tensor | None, Tensor | None],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    opts = Options(**options)
+    check_decode(q, *caches, *depth, cache_seqlens, block_table, *new, opts)
+    scale, left, _, softcap, _ = opts.resolved(q.shape[-1])
+    return implementation(q).decode(
+        q, *caches, *depth, cache_seqlens, block_table, *new, scale, left, softcap
+    )
+
+
+def _decode_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    caches, depth = (k_cache, v_cache), (k_depth, v_depth)
+    check_decode(q, *caches, *depth, cache_seqlens, block_table, None, None, Options(**options))
+    return _results(q, v_cache)
+
+
+def _decode_append_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    cache_seqlens: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    block_table: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    caches, depth = (k_cache, v_cache), (k_depth, v_depth)
+    check_decode(q, *caches, *depth, cache_seqlens, block_table, k_new, v_new, Options(**options))
+    return _results(q, v_cache)
+
+
+def _results(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+    B, N, HQ, _ = q.shape
+    return q.new_empty(B, N, HQ, v_cache.shape[-1]), q.new_empty(B, HQ, N, dtype=lse_dtype(q))
+
+
+for _name, _kernel, _fake in (
+    ("decode", _decode, _decode_fake),
+    ("decode_", _decode_append, _decode_append_fake),
+):
+    for _device in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _kernel, _device)
+    torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
+
+
+@overload
+def moda_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_depth: Depth | None,
+    v_depth: Depth | None,
+    cache_seqlens: Tensor,
+    *,
+    k_new: Tensor | None = ...,
+    v_new: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    scale: float | None = ...,
+    window: Window | None = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def moda_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_depth: Depth | None,
+    v_depth: Depth | None,
+    cache_seqlens: Tensor,
+    *,
+    k_new: Tensor | None = ...,
+    v_new: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    scale: float | None = ...,
+    window: Window | None = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def moda_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_depth: Depth | None,
+    v_depth: Depth | None,
+    cache_seqlens: Tensor,
+    *,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attend from a few new tokens to a cache of keys and to the tokens' own depth keys.
+
+    The decoding step of ``moda_attention``: for sequence b, new token i, query head h and its
+    key/value head j = h // G, with len_b keys of the sequence in the cache (all of one b)::
+
+        pos = len_b - N + i                         the token's position
+        a_n = scale * q[i,h] . k_cache[n,j]         for 0 <= n <= pos
+        d_l = scale * q[i,h] . k_depth[l][i,j]      for every depth slot l
+        lse = log( sum_n exp a_n + sum_l exp d_l )
+        out = sum_n exp(a_n - lse) v_cache[n,j] + sum_l exp(d_l - lse) v_depth[l][i,j]
+
+    (arXiv 2603.15619, section 2, mechanism (d); lengths, pages and appending follow
+    ``flash_attn_with_kvcache``.) Lengths and page ids stay on the device: nothing is synchronized,
+    and one captured CUDA graph serves all lengths. There is no gradient.
+
+    Args:
+        q: queries of the new tokens, (B, N, HQ, D); float16, bfloat16 or float32, on a CPU also
+            float64. Meant for small N; any is right.
+        k_cache: keys, q's dtype: (B, S_max, H, D), or with ``block_table`` pages (pages, page_size,
+            H, D). HQ = G * H for an integer G >= 1. Memory that no query sees may hold anything.
+        v_cache: values likewise, (B, S_max, H, DV) or (pages, page_size, H, DV).
+            1 <= D, DV <= 256.
+        k_depth: depth keys of the new tokens, q's dtype: a list of L slots (B, N, H, D), or one
+            packed tensor (B, N, L, H, D). ``None`` and the empty list mean L = 0.
+        v_depth: depth values in the same form: slots (B, N, H, DV) or packed (B, N, L, H, DV).
+        cache_seqlens: (B,) int32, tokens of each sequence in the cache before the call: len_b is
+            cache_seqlens[b] + N with ``k_new``, and cache_seqlens[b] without it, when the cache
+            holds the new tokens already. Not changed by the call. Any length may be 0; a token with
+            pos < 0 sees no key of the cache.
+        k_new: keys of the new tokens, (B, N, H, D), q's dtype. They are written **in place** to
+            positions cache_seqlens[b] .. cache_seqlens[b] + N - 1 before anything is read.
+        v_new: values likewise, (B, N, H, DV).
+        block_table: (B, max_pages) int32: position n of sequence b lies in page
+            block_table[b, n // page_size], at n % page_size. Any page_size >= 1; 16, 32 and
+            multiples of 64 are fast. Entries of pages that no query sees, and no new token goes to,
+            are not read.
+        scale: factor on every score; default 1 / sqrt(D).
+        window: ``(left, right)`` or an int, as in ``moda_attention``: also hides n < pos - left.
+            ``right`` hides nothing more.
+        softcap: c > 0 replaces each score x, of both kinds, by c * tanh(x / c).
+        return_lse: also return ``lse``.
+
+    A sequence that is longer than its part of the cache, S_max or max_pages * page_size, cannot be
+    found out without a synchronization and raises no error: what does not fit is neither written
+    nor seen. The same is true of a page id outside 0 .. pages - 1.
+
+    Returns:
+        ``out`` (B, N, HQ, DV) in q's dtype, contiguous; with ``return_lse`` the pair
+        ``(out, lse)``, where ``lse`` is (B, HQ, N) in float32 (float64 for float64 inputs), natural
+        logarithm. A row that sees nothing has out = 0 and lse = -inf.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        ValueError: shapes, devices or strides that do not fit, or an option outside its range.
+        RuntimeError: an argument requires a gradient and gradients are on. Nothing is written when
+            an error is raised.
+
+    Example:
+        >>> import torch
+        >>> from moda_ops import moda_attention, moda_decode
+        >>> B, S_max, HQ, H, D = 2, 16, 4, 2, 32
+        >>> k_cache, v_cache = torch.zeros(2, B, S_max, H, D)
+        >>> lengths = torch.zeros(B, dtype=torch.int32)
+        >>> q, k, v, slot = (torch.randn(B, 3, heads, D) for heads in (HQ, H, H, H))
+        >>> for i in range(3):
+        ...     new = slice(i, i + 1)
+        ...     out = moda_decode(
+        ...         q[:, new], k_cache, v_cache, [slot[:, new]], [slot[:, new]], lengths,
+        ...         k_new=k[:, new], v_new=v[:, new],
+        ...     )
+        ...     lengths += 1
+        >>> out.shape
+        torch.Size([2, 1, 4, 32])
+        >>> whole = moda_attention(q, k, v, [slot], [slot])
+        >>> torch.allclose(out, whole[:, 2:], atol=1e-5)
+        True
+    """
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens)
+    if (k_new is None) != (v_new is None):
+        given, missing = ("k_new", "v_new") if v_new is None else ("v_new", "k_new")
+        raise ValueError(f"{given} is given but {missing} is None; give both or neither")
+    if block_table is not None:
+        check_tensors(block_table=block_table)
+    check_option("scale", scale)
+    check_option("softcap", softcap)
+    check_bool("return_lse", return_lse)
+    arguments = q, k_cache, v_cache, *slot_lists(k_depth, v_depth), cache_seqlens
+    left, _ = window_sides(window)
+    options = dict(scale=scale, window_left=left, softcap=softcap)
+    if k_new is None or v_new is None:
+        out, lse = torch.ops.moda.decode(*arguments, block_table, **options)
+    else:
+        check_tensors(k_new=k_new, v_new=v_new)
+        out, lse = torch.ops.moda.decode_(*arguments, k_new, v_new, block_table, **options)
+    return (out, lse) if return_lse else out
