@@ -1,7 +1,7 @@
 """What the operators accept: one pass over the arguments, errors that name the argument."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from moda_ops.ops import Options
 
 MAX_HEAD_DIM = 256
-PLANS = ("auto", "fused", "split")
+Plan = Literal["auto", "fused", "split"]
+PLANS = get_args(Plan)
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),

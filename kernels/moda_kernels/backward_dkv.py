@@ -136,7 +136,7 @@ def _prepare(
     p: Problem, q: Layout, k: Layout, v: Layout, dout: Layout, lse: Layout, dk: Layout, dv: Layout,
     k_running: Layout | None, v_running: Layout | None,
 ) -> Launch:  # fmt: skip
-    tile = tuning.backward_dkv_tile(q.dtype, p.D, p.DV)
+    tile = tuning.backward_dkv_tile(q.device, q.dtype, p.D, p.DV)
     layouts = q, k, v, dout, dk, dv, k_running, v_running
     return Launch(
         _moda_backward_dkv_kernel, triton.cdiv(p.S, tile.BLOCK_N) * p.B * p.H,

@@ -1,7 +1,8 @@
 """Block sizes of every pass, by what limits them: head dims, element size, group, shared memory.
 
 Measured on an H100 (docs/performance.md) for head dim 64 in bfloat16; the rest is scaled from there
-by what a block keeps in registers and shared memory.
+by what a block keeps in registers and shared memory. The tests compile for Ada and consumer Blackwell, which
+have the least shared memory; how fast any GPU but the H100 is has not been measured.
 """
 
 import math
@@ -97,9 +98,8 @@ def forward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> ForwardDe
     width = max(block_dim(D), block_dim(DV))
     power = triton.next_power_of_2(G) == G
     if dtype is not torch.float32 and G >= 4 and power and G * width <= 4096:
-        tokens = max(1, min(4, 1024 // (G * width // 16)))
-        return ForwardDepthTile(G * tokens, 2, True, 16, 2)
-    return ForwardDepthTile(max(16, 32 if G <= 2 else 16), 2, False, 4 if width <= 64 else 2, 2)
+        return ForwardDepthTile(4 * G, 2, True, 16, 2)
+    return ForwardDepthTile(32 if G <= 2 else 16, 2, False, 4 if width <= 64 else 2, 2)
 
 
 def backward_depth_tile(G: int, D: int, DV: int) -> DepthTile:
@@ -121,10 +121,12 @@ def backward_dq_tile(dtype: torch.dtype, D: int, DV: int) -> Tile:
     return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 1)
 
 
-def backward_dkv_tile(dtype: torch.dtype, D: int, DV: int) -> Tile:
+def backward_dkv_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int) -> Tile:
     width = max(block_dim(D), block_dim(DV))
     if dtype is torch.float32:
         return Tile(16, 32 if width <= 128 else 16, 4, 1)
     if width <= 64:
         return Tile(128, 64, 4, 2)
-    return Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 64, 8, 1)
+    if width <= 128:
+        return Tile(64, 64, 4, 2)
+    return Tile(32, 64, 8, 1) if shared_memory(device) >= 114_688 else Tile(32, 32, 4, 1)

@@ -1,0 +1,27 @@
+"""Kernels fit GPUs that nobody here has: compiled for them, at the largest head dim."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests" / "kernels" / "compile_for.py"
+LEAST = 101_376  # bytes that one block may use on Ada and on consumer Blackwell; others have more
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(89, "bfloat16"), (89, "float32"), (120, "bfloat16")]
+)
+def test_shared_memory_suffices(capability: int, dtype: str) -> None:
+    paths = [str(ROOT), str(ROOT / "kernels")]
+    command = [sys.executable, str(SCRIPT), str(capability), str(LEAST), "256", dtype, "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    needed = json.loads(done.stdout)
+    assert len(needed) == 6
+    assert all(0 < shared <= LEAST for shared in needed.values()), needed
