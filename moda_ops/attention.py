@@ -6,11 +6,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from moda_ops.checks import BATCHED, Axes, check_both
+from moda_ops.checks import BATCHED, Axes, Plan, check_both
 
 Depth = Sequence[Tensor] | Tensor
 Window = int | tuple[int | None, int | None]
-Plan = Literal["auto", "fused", "split"]
 
 
 @overload
@@ -90,8 +89,8 @@ def moda_attention(
         softcap: c > 0 replaces each score x, of both kinds, by c * tanh(x / c).
         plan: on a GPU, "fused" runs Triton kernels alone; "split" leaves the sequence to the
             library behind ``scaled_dot_product_attention`` and runs Triton kernels for depth;
-            "auto" takes the one that measures faster for the shapes. Results are the same up to
-            rounding; those of a split backward may differ from run to run, as the library's do,
+            "auto" is "fused" until it is measured where "split" is faster. Results are the same up
+            to rounding; those of a split backward may differ from run to run, as the library's do,
             unless ``torch.use_deterministic_algorithms`` is on. Backward passes that a library
             cannot do, as of a gradient through ``lse``, are fused. On a CPU all plans are one.
         return_lse: also return ``lse``.

@@ -1,7 +1,7 @@
 """What the operators accept: one pass over the arguments, errors that name the argument."""
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 MAX_HEAD_DIM = 256
 MAX_CAPACITY = 2**31 - 2**20  # of a cache, in tokens; leaves room for what is added to positions
-PLANS = ("auto", "fused", "split")
+Plan = Literal["auto", "fused", "split"]
+PLANS = get_args(Plan)
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),

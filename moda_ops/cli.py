@@ -8,6 +8,25 @@ import click
 import torch
 
 import moda_ops
+from moda_ops.bench.contenders import SWEEPS
+
+
+def _device(context: click.Context, option: click.Parameter, name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("no CUDA device is available", context, option)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    callback=_device,
+    help="auto takes a GPU if there is one.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,22 +52,17 @@ def main() -> None:
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Stop after this many steps, if earlier.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="auto takes a GPU if there is one.",
-)
+@device_option
 @click.pass_context
 def demo(
-    ctx: click.Context, output: Path, seconds: float, steps: int | None, seed: int, device: str
+    ctx: click.Context,
+    output: Path,
+    seconds: float,
+    steps: int | None,
+    seed: int,
+    device: torch.device,
 ) -> None:
     """Train a small MoDA language model on the Python standard library's source."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter("no CUDA device is available", param_hint="--device")
     require("demo", "matplotlib", "tqdm")
     from moda_ops.demo import FILES, prepare_output, run
 
@@ -58,7 +72,7 @@ def demo(
     except OSError as error:
         raise click.ClickException(f"cannot write to --output: {error}") from None
     try:
-        passed = run(output, seconds=seconds, steps=steps, seed=seed, device=torch.device(device))
+        passed = run(output, seconds=seconds, steps=steps, seed=seed, device=device)
     except KeyboardInterrupt:
         kept = [str(output / name) for name in FILES if (output / name).exists()]
         click.echo(f"\nInterrupted. Kept: {', '.join(kept) or 'nothing yet'}.", err=True)
@@ -78,7 +92,7 @@ def demo(
     "--sweep",
     "sweeps",
     multiple=True,
-    type=click.Choice(["main", "tokens", "groups", "slots", "training", "full", "tiny"]),
+    type=click.Choice(list(SWEEPS)),
     help="Which shapes; may be repeated. tokens, groups, slots: those of the paper's Table 2. "
     "[default: main; on a CPU tiny]",
 )
@@ -90,9 +104,7 @@ def demo(
     type=click.Choice(["bfloat16", "float16", "float32"]),
     help="[default: bfloat16; on a CPU float32]",
 )
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
+@device_option
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
@@ -105,18 +117,15 @@ def bench(
     sweeps: tuple[str, ...],
     names: tuple[str, ...],
     dtype: str | None,
-    device: str,
+    device: torch.device,
     seconds: float,
 ) -> None:
     """Time the operator, its parts and its peers side by side; write JSON and plots."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter("no CUDA device is available", param_hint="--device")
     require("bench", "matplotlib", "tabulate", "tqdm")
-    from moda_ops import bench
+    from moda_ops.bench.contenders import contenders
+    from moda_ops.bench.report import run
 
-    known = [contender.name for contender in bench.contenders(torch.device(device))]
+    known = [contender.name for contender in contenders(device)]
     for name in names:
         if name not in known:
             raise click.BadParameter(
@@ -127,13 +136,13 @@ def bench(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise click.ClickException(f"cannot write to --output: {error}") from None
-    on_cpu = device == "cpu"
-    right = bench.run(
+    on_cpu = device.type == "cpu"
+    right = run(
         output,
         sweeps=list(sweeps) or ["tiny" if on_cpu else "main"],
         names=list(names) or known,
         dtype=getattr(torch, dtype or ("float32" if on_cpu else "bfloat16")),
-        device=torch.device(device),
+        device=device,
         seconds=seconds,
         echo=click.echo,
     )

@@ -64,7 +64,12 @@ def plans(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
         p = Problem(1, T, T, L, 1, G, 64, 64, 0.125, None, 0, None)
         chosen = forward_plan("auto", p, q, k, k), backward_plan("auto", p, q, k, k, None)
         said = (f"{'split' if plan.library else 'fused'} ({plan.reason})" for plan in chosen)
-        rows.append((f"T={T} G={G} L={L}", "forward {}, backward {}".format(*said)))
+        rows.append(
+            (
+                f"T={T} G={G} L={L}",
+                f"G S / L = {p.products:.0f}: " + "forward {}, backward {}".format(*said),
+            )
+        )
     return rows
 
 

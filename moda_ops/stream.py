@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from moda_ops.attention import (
-    Plan,
     Window,
     check_bool,
     check_option,
@@ -15,6 +14,7 @@ from moda_ops.attention import (
     moda_attention,
     window_sides,
 )
+from moda_ops.checks import Plan
 from moda_ops.varlen import moda_attention_varlen
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from moda_ops import ops
 from moda_ops.attention import (
     Depth,
-    Plan,
     Window,
     check_bool,
     check_option,
@@ -20,7 +19,7 @@ from moda_ops.attention import (
     slot_lists,
     window_sides,
 )
-from moda_ops.checks import PACKED, check_attention, check_backward, check_cu_seqlens
+from moda_ops.checks import PACKED, Plan, check_attention, check_backward, check_cu_seqlens
 from moda_ops.ops import LIBRARY, OPTIONS, Options, lse_dtype
 
 LIBRARY.define(

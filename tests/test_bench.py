@@ -105,9 +105,6 @@ def test_sizes_of_a_case() -> None:
     case = Case(2, 8, 3, 2, 5, 16)
     x = Inputs.random(case, torch.bfloat16, CPU, seed=0)
     assert case.depth_bytes(torch.bfloat16) == x.k_depth.nbytes + x.v_depth.nbytes
-    scores = x.q.shape[2] * 2 * (8 * 9 // 2)  # heads, batch, visible pairs
-    assert case.sequence_flops() == scores * 2 * 2 * 16
-    assert case._replace(causal=False).sequence_flops() == 6 * 2 * 64 * 64
     assert all(sweep for sweep in SWEEPS.values())
 
 

@@ -191,10 +191,9 @@ def test_doctor_says_why_a_shape_gets_its_plan(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(tuning, "SPLIT_FORWARD", 1000)
     rows = dict(doctor.plans(torch.device("cpu"), torch.float32))
-    assert rows["T=4096 G=8 L=64"].startswith(
-        "forward fused (512 sequence products for a depth product, split above 1000), backward "
-    )
-    assert rows["T=16384 G=8 L=64"].startswith("forward split (2048 sequence products")
+    few = "G S / L = 512: forward fused (too few sequence products for a depth product), backward "
+    assert rows["T=4096 G=8 L=64"].startswith(few)
+    assert rows["T=16384 G=8 L=64"].startswith("G S / L = 2048: forward split (")
 
 
 @pytest.mark.parametrize("fault", ["wrong", "raises"])

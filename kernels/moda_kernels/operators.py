@@ -104,47 +104,45 @@ def attention_backward(
     ``running`` is what later readers have left for them and is added; None stands for nothing.
     """
     p = problem(q, k, v, k_depth, scale, left, right, softcap)
-    dk, dv, dk_depth, dv_depth = grads or (
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
+    into: KeyGradients = grads or (
+        None,
+        None,
         [x.new_empty(x.shape) for x in k_depth],
         [x.new_empty(x.shape) for x in v_depth],
     )
+    dk, dv, dk_depth, dv_depth = into
     k_running, v_running, *depth_running = running or (None, None)
     depths = k_depth, v_depth, dk_depth, dv_depth, *depth_running
-    if q.numel() == 0:
-        return q.new_empty(q.shape), dk.zero_(), dv.zero_(), dk_depth, dv_depth
     if dout.stride(-1) != 1:  # autograd hands down expanded gradients
         dout = dout.contiguous()
     with torch.cuda.device_of(q):
         p, bands = _packed(p, cu_seqlens)
-        name = backward_plan(plan, p, q, k, v, dlse).library
-        if name is None:
-            delta = launch_delta(p, dout, out, dlse)
-            dq = launch_backward_depth(p, q, dout, lse, delta, *depths) if p.L else None
-            dq = launch_dq(p, q, k, v, dout, lse, delta, dq, bands)
-            launch_dkv(p, q, k, v, dout, lse, delta, dk, dv, k_running, v_running, bands)
-        else:
-            dq, dk_share, dv_share = library.attention_backward(
+        name = backward_plan(plan, p, q, k, v, dlse).library if q.numel() else None
+        if name is not None:
+            dq, *shares = library.attention_backward(
                 name, dout, q, k, v, out, lse, p.causal, p.scale
             )
             if p.L:
                 delta = launch_delta(p, dout, out, None)
                 dq = launch_backward_depth(p, q, dout, lse, delta, *depths, dq_sequence=dq)
-            dq = dq.contiguous()
-            if grads is None:
-                dk, dv = dk_share.contiguous(), dv_share.contiguous()
-            else:
-                _store(dk, dk_share, k_running)
-                _store(dv, dv_share, v_running)
+            dk, dv = map(_sum, shares, (k_running, v_running), (dk, dv))
+            return dq.contiguous(), dk, dv, dk_depth, dv_depth
+        if grads is None:
+            dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+        if q.numel() == 0:
+            return q.new_empty(q.shape), dk.zero_(), dv.zero_(), dk_depth, dv_depth
+        delta = launch_delta(p, dout, out, dlse)
+        dq_depth = launch_backward_depth(p, q, dout, lse, delta, *depths) if p.L else None
+        dq = launch_dq(p, q, k, v, dout, lse, delta, dq_depth, bands)
+        launch_dkv(p, q, k, v, dout, lse, delta, dk, dv, k_running, v_running, bands)
     return dq, dk, dv, dk_depth, dv_depth
 
 
-def _store(into: Tensor, grad: Tensor, running: Tensor | None) -> None:
-    if running is None:
-        into.copy_(grad)
-    else:
-        torch.add(grad, running, out=into)
+def _sum(grad: Tensor, running: Tensor | None, into: Tensor | None) -> Tensor:
+    """``grad`` plus what is running: in ``into``, or contiguous."""
+    if into is None:
+        return grad.contiguous()
+    return into.copy_(grad) if running is None else torch.add(grad, running, out=into)
 
 
 def decode(

@@ -26,6 +26,9 @@ class Plan(NamedTuple):
     reason: str
 
 
+_FEW_PRODUCTS = Plan(None, "too few sequence products for a depth product")
+
+
 def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
     """Raise ValueError if ``plan`` is "split" and this call cannot be."""
     chosen = _by_choice(plan, p, tuning.SPLIT_FORWARD) or _split(p, q, k, v)
@@ -51,7 +54,7 @@ def _by_choice(plan: str, p: Problem, most: float) -> Plan | None:
     if plan == "fused":
         return Plan(None, "as asked for")
     if plan == "auto" and p.products <= most:
-        return Plan(None, f"{p.products:.0f} sequence products for a depth product, split above {most}")
+        return _FEW_PRODUCTS
     return None
 
 
@@ -67,4 +70,4 @@ def _split(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
     library_name = library.select(q, k, v, p.causal)
     if library_name is None:
         return Plan(None, "no library takes tensors of this dtype, head dim or alignment")
-    return Plan(library_name, f"{p.products:.0f} sequence products for a depth product")
+    return Plan(library_name, "a library covers it")

@@ -68,8 +68,9 @@ def depth_pointers(*depths: list[Tensor]) -> tuple[list[Any], DepthLayout]:
         misaligned |= (stride_b | stride_t | stride_h) * first.element_size()
     words += [0] * (-len(words) % _WORDS)
     table = torch.empty(len(words), dtype=torch.int64, device=first.device)
+    write = _write_words(first.device)
     for start in range(0, len(words), _WORDS):
-        _write_words(first.device)(table[start:], tuple(words[start : start + _WORDS]))
+        write(table[start:], tuple(words[start : start + _WORDS]))
     strides = table[part * len(depths) :]
     pointers = [(table[part * i :], strides) for i in range(len(depths))]
     return pointers, DepthLayout(misaligned % 16 == 0, (first.dtype,))

@@ -1,8 +1,8 @@
 """Block sizes of every pass, by what limits them: head dims, element size, group, shared memory.
 
 Measured on an H100 (docs/performance.md) for head dim 64 in bfloat16; the rest is scaled from there
-by what a block keeps in registers and shared memory. That the blocks fit the shared memory of other GPUs
-(A100, Ada, Blackwell) is known from compiling for them; how fast they are there is not measured.
+by what a block keeps in registers and shared memory. The tests compile for Ada and consumer Blackwell, which
+have the least shared memory; how fast any GPU but the H100 is has not been measured.
 """
 
 import math
@@ -106,9 +106,8 @@ def forward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> ForwardDe
     width = max(block_dim(D), block_dim(DV))
     power = triton.next_power_of_2(G) == G
     if dtype is not torch.float32 and G >= 4 and power and G * width <= 4096:
-        tokens = max(1, min(4, 1024 // (G * width // 16)))
-        return ForwardDepthTile(G * tokens, 2, True, 16, 2)
-    return ForwardDepthTile(max(16, 32 if G <= 2 else 16), 2, False, 4 if width <= 64 else 2, 2)
+        return ForwardDepthTile(4 * G, 2, True, 16, 2)
+    return ForwardDepthTile(32 if G <= 2 else 16, 2, False, 4 if width <= 64 else 2, 2)
 
 
 def backward_depth_tile(G: int, D: int, DV: int) -> DepthTile:

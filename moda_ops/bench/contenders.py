@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ops.attention import Plan
+from moda_ops.checks import Plan
 
 Call = Callable[[], Any]
 
@@ -30,11 +30,6 @@ class Case(NamedTuple):
     def depth_bytes(self, dtype: torch.dtype) -> int:
         """Keys and values of all slots."""
         return 2 * dtype.itemsize * self.B * self.T * self.H * self.L * self.D
-
-    def sequence_flops(self) -> float:
-        """Of the forward: two products of 2 D operations with each visible key."""
-        visible = (self.T + 1) / 2 if self.causal else self.T
-        return 4 * self.B * self.T * self.G * self.H * visible * self.D
 
 
 SWEEPS: dict[str, list[Case]] = {

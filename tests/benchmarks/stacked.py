@@ -1,12 +1,11 @@
 """How others keep a depth stream, for comparison: every layer stacks all earlier slots anew."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moda_ops import moda_attention
-from moda_ops.attention import Plan, Window
 
 
 class StackedSlots(NamedTuple):
@@ -36,12 +35,7 @@ class StackedSlots(NamedTuple):
         q: Tensor,
         k: Tensor | None = None,
         v: Tensor | None = None,
-        *,
-        causal: bool = True,
-        scale: float | None = None,
-        window: Window | None = None,
-        softcap: float | None = None,
-        plan: Plan = "auto",
+        **options: Any,
     ) -> "tuple[Tensor, StackedSlots]":
         """``out`` (B, T, HQ, DV) and the stream; see :meth:`moda_ops.DepthStream.attend`."""
         k_slots, v_slots = list(self.k), list(self.v)
@@ -49,16 +43,4 @@ class StackedSlots(NamedTuple):
             k, v = k_slots.pop(), v_slots.pop()
         k_depth = torch.stack(k_slots, 2) if k_slots else None  # (B, T, L, H, D)
         v_depth = torch.stack(v_slots, 2) if v_slots else None
-        out = moda_attention(
-            q,
-            k,
-            v,
-            k_depth,
-            v_depth,
-            causal=causal,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            plan=plan,
-        )
-        return out, self
+        return moda_attention(q, k, v, k_depth, v_depth, **options), self
