@@ -131,8 +131,8 @@ def moda_attention(
         q,
         k,
         v,
-        _slot_list("k_depth", k_depth),
-        _slot_list("v_depth", v_depth),
+        [] if k_depth is None else slot_list("k_depth", k_depth),
+        [] if v_depth is None else slot_list("v_depth", v_depth),
         causal=check_bool("causal", causal),
         scale=scale,
         window_left=left,
@@ -165,10 +165,8 @@ def check_plan(value: object) -> None:
         raise TypeError(f"plan must be a string, got {value!r}")
 
 
-def _slot_list(name: str, depth: Depth | None) -> list[Tensor]:
+def slot_list(name: str, depth: Depth) -> list[Tensor]:
     """The op's form of depth: L slots (B, T, H, D), or a list of one packed (B, T, L, H, D)."""
-    if depth is None:
-        return []
     if isinstance(depth, Tensor):
         if depth.dim() != 5:
             raise ValueError(

@@ -63,8 +63,30 @@ def check_attention(
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of ``moda::attention`` fit together."""
     _check_sequence(q, k, v)
+    _check_depth(q, k_depth, v_depth, k.shape[2], v.shape[3])
+    _check_options(options)
+
+
+def check_depth_attention(
+    q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], options: "Options"
+) -> None:
+    """Raise ValueError or TypeError unless the arguments of ``moda::depth_attention`` fit."""
+    _check_query(q)
+    H, DV = depth_heads(q, k_depth, v_depth)
+    _check_depth(q, k_depth, v_depth, H, DV)
+    _check_heads(q, "k_depth", H, "v_depth", DV)
+    _check_options(options)
+
+
+def depth_heads(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tuple[int, int]:
+    """(H, DV) of depth; those of q where the list is empty and does not say."""
+    H = k_depth[0].shape[-2] if k_depth and k_depth[0].dim() > 1 else q.shape[2]
+    DV = v_depth[0].shape[-1] if v_depth and v_depth[0].dim() > 0 else q.shape[3]
+    return H, DV
+
+
+def _check_depth(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], H: int, DV: int) -> None:
     B, T, _, D = q.shape
-    H, DV = k.shape[2], v.shape[3]
     if len(k_depth) != len(v_depth):
         raise ValueError(
             "k_depth and v_depth must have the same number of slots, "
@@ -84,31 +106,39 @@ def check_attention(
                 fits = x.shape == shape and x.dtype is dtype and x.device == device
                 if not (fits and x.stride(-1) == 1):
                     _check_input(f"{name}[{i}]", x, shape, dims, q)
-    _check_options(options)
 
 
-def _check_sequence(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_query(q: Tensor) -> None:
     device = q.device.type
     if device not in DTYPES:
         raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
     if q.dtype not in DTYPES[device]:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[device])
         raise TypeError(f"q must have one of the dtypes {allowed} on {device}, got {q.dtype}")
-    for name, tensor, dims in (
-        ("q", q, "(B, T, HQ, D)"),
-        ("k", k, "(B, S, H, D)"),
-        ("v", v, "(B, S, H, DV)"),
-    ):
+    if q.dim() != 4:
+        raise ValueError(f"q must have shape (B, T, HQ, D), got {_shape(q)}")
+    _check_last_stride("q", q)
+
+
+def _check_sequence(q: Tensor, k: Tensor, v: Tensor) -> None:
+    _check_query(q)
+    for name, tensor, dims in (("k", k, "(B, S, H, D)"), ("v", v, "(B, S, H, DV)")):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
-    B, T, HQ, D = q.shape
+    B, D = q.shape[0], q.shape[3]
     S, H, DV = k.shape[1], k.shape[2], v.shape[3]
-    _check_input("q", q, (B, T, HQ, D), "(B, T, HQ, D)", q)
     _check_input("k", k, (B, S, H, D), "(B, S, H, D)", q)
     _check_input("v", v, (B, S, H, DV), "(B, S, H, DV)", q)
+    _check_heads(q, "k", H, "v", DV)
+
+
+def _check_heads(q: Tensor, keys: str, H: int, values: str, DV: int) -> None:
+    HQ, D = q.shape[2:]
     if H == 0 or HQ == 0 or HQ % H:
-        raise ValueError(f"q's heads must be a positive multiple of k's, got HQ = {HQ} and H = {H}")
-    for name, dim in (("q", D), ("v", DV)):
+        raise ValueError(
+            f"q's heads must be a positive multiple of {keys}'s, got HQ = {HQ} and H = {H}"
+        )
+    for name, dim in (("q", D), (values, DV)):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name}'s head dim must be within 1..{MAX_HEAD_DIM}, got {dim}")
 

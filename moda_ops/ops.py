@@ -6,6 +6,7 @@ the first such call.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,11 @@ def implementation(q: Tensor) -> Any:
     import moda_kernels
 
     return moda_kernels
+
+
+def empty_like(tensors: list[Tensor]) -> list[Tensor]:
+    """Contiguous tensors of the same shapes and dtypes."""
+    return [x.new_empty(x.shape) for x in tensors]
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:
@@ -117,46 +123,55 @@ def _attention_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     check_attention(q, k, v, k_depth, v_depth, Options(**options))
     check_backward(dout, dlse, out, lse, q, v, lse_dtype(q))
-
-    def contiguous(tensors: list[Tensor]) -> list[Tensor]:
-        return [x.new_empty(x.shape) for x in tensors]
-
-    dq, dk, dv = contiguous([q, k, v])
-    return dq, dk, dv, contiguous(k_depth), contiguous(v_depth)
+    dq, dk, dv = empty_like([q, k, v])
+    return dq, dk, dv, empty_like(k_depth), empty_like(v_depth)
 
 
-def _setup_context(
-    ctx: Any,
-    inputs: tuple[Any, ...],
-    keyword_only_inputs: dict[str, Any],
-    output: tuple[Tensor, Tensor],
+def register(
+    name: str,
+    forward: Callable[..., Any],
+    forward_fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    backward_fake: Callable[..., Any],
 ) -> None:
-    q, k, v, k_depth, v_depth = inputs
-    ctx.save_for_backward(q, k, v, *k_depth, *v_depth, *output)
-    ctx.slots, ctx.options = len(k_depth), keyword_only_inputs
-    ctx.set_materialize_grads(False)
+    """Implement ``moda::name(tensors, k_depth, v_depth, *, options) -> (out, lse)`` and its
+    gradient, ``moda::name_backward(dout, dlse, tensors, k_depth, v_depth, out, lse, *, options)``,
+    which returns gradients in the order and form of the arguments.
+    """
+    for op, kernel, fake in (
+        (name, forward, forward_fake),
+        (f"{name}_backward", backward, backward_fake),
+    ):
+        for device in ("CPU", "CUDA"):
+            LIBRARY.impl(op, kernel, device)
+        torch.library.register_fake(f"moda::{op}", fake, lib=LIBRARY)
 
+    def setup_context(
+        ctx: Any,
+        inputs: tuple[Any, ...],
+        keyword_only_inputs: dict[str, Any],
+        output: tuple[Tensor, Tensor],
+    ) -> None:
+        *tensors, k_depth, v_depth = inputs
+        ctx.save_for_backward(*tensors, *k_depth, *v_depth, *output)
+        ctx.slots, ctx.options = len(k_depth), keyword_only_inputs
+        ctx.set_materialize_grads(False)
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, *depth, out, lse = ctx.saved_tensors
-    k_depth, v_depth = depth[: ctx.slots], depth[ctx.slots :]
-    return torch.ops.moda.attention_backward(
-        dout, dlse, q, k, v, k_depth, v_depth, out, lse, **ctx.options
+    def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        first = len(inputs) - 2 * ctx.slots
+        tensors, depth = inputs[:first], inputs[first:]
+        k_depth, v_depth = depth[: ctx.slots], depth[ctx.slots :]
+        op = getattr(torch.ops.moda, f"{name}_backward")
+        return op(dout, dlse, *tensors, k_depth, v_depth, out, lse, **ctx.options)
+
+    def no_double_backward(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(f"moda::{name} has no second derivative (create_graph=True)")
+
+    torch.library.register_autograd(
+        f"moda::{name}", differentiate, setup_context=setup_context, lib=LIBRARY
     )
+    torch.library.register_autograd(f"moda::{name}_backward", no_double_backward, lib=LIBRARY)
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise NotImplementedError("moda::attention has no second derivative (create_graph=True)")
-
-
-for _name, _kernel, _fake in (
-    ("attention", _attention, _attention_fake),
-    ("attention_backward", _attention_backward, _attention_backward_fake),
-):
-    for _device in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _kernel, _device)
-    torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "moda::attention", _backward, setup_context=_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd("moda::attention_backward", _no_double_backward, lib=LIBRARY)
+register("attention", _attention, _attention_fake, _attention_backward, _attention_backward_fake)

@@ -1,4 +1,7 @@
-"""The two operators: choose each pass's plan, and run its kernels in order."""
+"""The operators: choose each pass's plan, and run its kernels in order.
+
+Depth alone is a problem of S = 0: the depth passes then do all there is to do.
+"""
 
 from typing import Any
 
@@ -55,6 +58,8 @@ def attention(
         return q.new_empty(*q.shape[:3], p.DV), q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
     with torch.cuda.device_of(q):
         name = forward_plan(plan, p, q, k, v).library
+        if name is None and p.S == 0 and p.L:
+            return launch_forward_depth(p, q, k_depth, v_depth)
         if name is None:
             return launch_forward(p, q, k, v, k_depth, v_depth)
         out, lse = library.attention(name, q, k, v, p.causal, p.scale)
@@ -104,8 +109,9 @@ def attention_backward(
         if name is None:
             delta = launch_delta(p, dout, out, dlse)
             dq = launch_backward_depth(p, q, dout, lse, delta, *depths) if p.L else None
-            dq = launch_dq(p, q, k, v, dout, lse, delta, dq)
-            launch_dkv(p, q, k, v, dout, lse, delta, dk, dv, k_running, v_running)
+            if p.S or dq is None:
+                dq = launch_dq(p, q, k, v, dout, lse, delta, dq)
+                launch_dkv(p, q, k, v, dout, lse, delta, dk, dv, k_running, v_running)
         else:
             dq, dk_share, dv_share = library.attention_backward(
                 name, dout, q, k, v, out, lse, p.causal, p.scale

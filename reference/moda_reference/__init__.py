@@ -9,6 +9,7 @@ all in float64 whatever comes in:
 * `attention_tiled` is the online-softmax form that a GPU kernel mirrors,
 
 and two forms of its closed-form gradient, `attention_backward_loops` and `attention_backward`.
+`depth_attention` and `depth_attention_backward` have depth keys alone.
 `visible` is the sequence mask; `moda_reference.glossary` explains every symbol.
 
 The package imports NumPy and nothing else.
@@ -23,6 +24,7 @@ The package imports NumPy and nothing else.
 ((1, 5, 4, 8), (1, 4, 5))
 """
 
+from moda_reference.depth import depth_attention, depth_attention_backward
 from moda_reference.gradients import Gradients
 from moda_reference.loops import attention_backward_loops, attention_loops
 from moda_reference.masks import visible
@@ -36,5 +38,7 @@ __all__ = [
     "attention_backward_loops",
     "attention_loops",
     "attention_tiled",
+    "depth_attention",
+    "depth_attention_backward",
     "visible",
 ]
