@@ -9,7 +9,15 @@ from moda_ops import ops as ops  # registers torch.ops.moda.*
 from moda_ops import stream_ops as stream_ops  # and those of a depth stream
 from moda_ops.attention import moda_attention
 from moda_ops.depth_attention import moda_depth_attention
+from moda_ops.migration import from_authors, to_authors
 from moda_ops.stream import DepthSlots, DepthStream
 
 __version__ = "0.1.0"
-__all__ = ["DepthSlots", "DepthStream", "moda_attention", "moda_depth_attention"]
+__all__ = [
+    "DepthSlots",
+    "DepthStream",
+    "from_authors",
+    "moda_attention",
+    "moda_depth_attention",
+    "to_authors",
+]
