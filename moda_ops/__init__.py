@@ -1,13 +1,15 @@
 """Mixture-of-Depths Attention (MoDA, arXiv 2603.15619) for torch.compile.
 
 ``moda_attention`` is the public function and ``DepthStream`` its form for whole models;
-``moda_depth_attention`` attends to depth alone. Importing this package also registers the operators
-``torch.ops.moda.*``. Triton is loaded by the first call on a CUDA tensor, never by the import.
+``moda_depth_attention`` attends to depth alone, ``moda_chunk_attention`` to that of a chunk of
+tokens. Importing this package also registers the operators ``torch.ops.moda.*``. Triton is loaded
+by the first call on a CUDA tensor, never by the import.
 """
 
 from moda_ops import ops as ops  # registers torch.ops.moda.*
 from moda_ops import stream_ops as stream_ops  # and those of a depth stream
 from moda_ops.attention import moda_attention
+from moda_ops.chunk_attention import moda_chunk_attention
 from moda_ops.depth_attention import moda_depth_attention
 from moda_ops.migration import from_authors, to_authors
 from moda_ops.stream import DepthSlots, DepthStream
@@ -18,6 +20,7 @@ __all__ = [
     "DepthStream",
     "from_authors",
     "moda_attention",
+    "moda_chunk_attention",
     "moda_depth_attention",
     "to_authors",
 ]

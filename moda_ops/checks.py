@@ -156,6 +156,11 @@ def _check_options(options: "Options") -> None:
             raise ValueError(f"{name} must be >= 0 (None is unbounded), got {side}")
 
 
+def check_chunk_size(chunk_size: int) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be >= 1, got {chunk_size}")
+
+
 def check_backward(
     dout: Tensor | None,
     dlse: Tensor | None,

@@ -103,8 +103,8 @@ def from_authors(
     ):
         if cached.shape != expected or (rows % T if T else rows):
             raise ValueError(
-                f"{name} must have shape {dims} with B = {B}, T = {T}, D = {D} and the same L and H "
-                f"for both, got {tuple(cached.shape)}"
+                f"{name} must have shape {dims} with B = {B}, T = {T}, D = {D} and the same L and "
+                f"H for both, got {tuple(cached.shape)}"
             )
     L = rows // T if T else 0
     return unfolded, cached_k.unflatten(1, (T, L)), cached_v.unflatten(1, (T, L))

@@ -80,7 +80,7 @@ def _attention(
     return implementation(q).attention(q, k, v, k_depth, v_depth, *opts.resolved(q.shape[-1]))
 
 
-def _attention_fake(
+def attention_fake(
     q: Tensor, k: Tensor, v: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], **options: Any
 ) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, k_depth, v_depth, Options(**options))
@@ -109,7 +109,7 @@ def _attention_backward(
     )
 
 
-def _attention_backward_fake(
+def attention_backward_fake(
     dout: Tensor | None,
     dlse: Tensor | None,
     q: Tensor,
@@ -174,4 +174,4 @@ def register(
     torch.library.register_autograd(f"moda::{name}_backward", no_double_backward, lib=LIBRARY)
 
 
-register("attention", _attention, _attention_fake, _attention_backward, _attention_backward_fake)
+register("attention", _attention, attention_fake, _attention_backward, attention_backward_fake)

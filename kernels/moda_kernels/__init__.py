@@ -1,9 +1,14 @@
 """Triton kernels for Mixture-of-Depths Attention and their launchers; private to ``moda_ops``.
 
-``attention`` and ``attention_backward`` have the signatures of their plain PyTorch twins in
-``moda_ops.eager`` and trust their arguments: ``moda_ops`` has checked them.
+The functions have the signatures of their plain PyTorch twins in ``moda_ops.eager`` and trust their
+arguments: ``moda_ops`` has checked them.
 """
 
-from moda_kernels.operators import attention, attention_backward
+from moda_kernels.operators import (
+    attention,
+    attention_backward,
+    chunk_attention,
+    chunk_attention_backward,
+)
 
-__all__ = ["attention", "attention_backward"]
+__all__ = ["attention", "attention_backward", "chunk_attention", "chunk_attention_backward"]

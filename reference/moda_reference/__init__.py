@@ -9,8 +9,9 @@ all in float64 whatever comes in:
 * `attention_tiled` is the online-softmax form that a GPU kernel mirrors,
 
 and two forms of its closed-form gradient, `attention_backward_loops` and `attention_backward`.
-`depth_attention` and `depth_attention_backward` have depth keys alone.
-`visible` is the sequence mask; `moda_reference.glossary` explains every symbol.
+`depth_attention` and `depth_attention_backward` have depth keys alone; in `chunk_attention` and
+`chunk_attention_backward` a query sees those of earlier tokens in its chunk as well. `visible` and
+`chunk_visible` are the masks; `moda_reference.glossary` explains every symbol.
 
 The package imports NumPy and nothing else.
 
@@ -24,10 +25,11 @@ The package imports NumPy and nothing else.
 ((1, 5, 4, 8), (1, 4, 5))
 """
 
+from moda_reference.chunked import chunk_attention, chunk_attention_backward
 from moda_reference.depth import depth_attention, depth_attention_backward
 from moda_reference.gradients import Gradients
 from moda_reference.loops import attention_backward_loops, attention_loops
-from moda_reference.masks import visible
+from moda_reference.masks import chunk_visible, visible
 from moda_reference.tiled import attention_tiled
 from moda_reference.vectorised import attention, attention_backward
 
@@ -38,6 +40,9 @@ __all__ = [
     "attention_backward_loops",
     "attention_loops",
     "attention_tiled",
+    "chunk_attention",
+    "chunk_attention_backward",
+    "chunk_visible",
     "depth_attention",
     "depth_attention_backward",
     "visible",

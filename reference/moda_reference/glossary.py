@@ -40,6 +40,7 @@ GLOSSARY: tuple[Symbol, ...] = tuple(
         ("v_depth", "L x (B, T, H, DV)", "slot l: values written at token t", "V_i, figure 3"),
         ("causal", "bool", "hide keys after the query's position", "i_q // G >= i_k, algorithm 1"),
         ("window", "int, pair", "how far a query sees to the left and right", "-"),
+        ("chunk_size", "int", "tokens in a chunk, whose depth slots are shared", "-"),
         ("scale", "float", "factor of dot products, 1 / sqrt(D)", "section 2"),
         ("softcap", "float", "c in score = c tanh(score / c)", "-"),
         # forward
