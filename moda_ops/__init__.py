@@ -1,14 +1,19 @@
 """Mixture-of-Depths Attention (MoDA, arXiv 2603.15619) for torch.compile.
 
 ``moda_attention`` is the public function, ``DepthStream`` its form for whole models, and
-``moda_decode`` its decoding step; importing this package also registers the operators
-``torch.ops.moda.*``. Triton is loaded by the first call on a CUDA tensor, never by the import.
+``moda_decode`` its decoding step; ``moda_attention_varlen`` takes packed documents,
+``moda_depth_attention`` attends to depth alone, ``moda_chunk_attention`` to that of a chunk of
+tokens. Importing this package also registers the operators ``torch.ops.moda.*``. Triton is loaded
+by the first call on a CUDA tensor, never by the import.
 """
 
 from moda_ops import ops as ops  # registers torch.ops.moda.*
 from moda_ops import stream_ops as stream_ops  # and those of a depth stream
 from moda_ops.attention import moda_attention
+from moda_ops.chunk_attention import moda_chunk_attention
 from moda_ops.decode import moda_decode
+from moda_ops.depth_attention import moda_depth_attention
+from moda_ops.migration import from_authors, to_authors
 from moda_ops.stream import DepthSlots, DepthStream
 from moda_ops.varlen import moda_attention_varlen
 
@@ -16,7 +21,11 @@ __version__ = "0.1.0"
 __all__ = [
     "DepthSlots",
     "DepthStream",
+    "from_authors",
     "moda_attention",
     "moda_attention_varlen",
+    "moda_chunk_attention",
     "moda_decode",
+    "moda_depth_attention",
+    "to_authors",
 ]

@@ -83,6 +83,24 @@ def check_attention(
     _check_options(options)
 
 
+def check_depth_attention(
+    q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], options: "Options"
+) -> None:
+    """Raise ValueError or TypeError unless the arguments of ``moda::depth_attention`` fit."""
+    _check_query(q, BATCHED)
+    H, DV = depth_heads(q, k_depth, v_depth)
+    _check_depth(q, k_depth, v_depth, H, DV, BATCHED)
+    _check_heads(q.shape[-2], H, q.shape[-1], DV, "k_depth", "v_depth")
+    _check_options(options)
+
+
+def depth_heads(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tuple[int, int]:
+    """(H, DV) of depth; those of q where the list is empty and does not say."""
+    H = k_depth[0].shape[-2] if k_depth and k_depth[0].dim() > 1 else q.shape[2]
+    DV = v_depth[0].shape[-1] if v_depth and v_depth[0].dim() > 0 else q.shape[3]
+    return H, DV
+
+
 def _check_depth(
     q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], H: int, DV: int, axes: Axes
 ) -> None:
@@ -184,6 +202,11 @@ def _check_options(options: "Options") -> None:
         side = getattr(options, name)
         if side is not None and side < 0:
             raise ValueError(f"{name} must be >= 0 (None is unbounded), got {side}")
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be >= 1, got {chunk_size}")
 
 
 def check_backward(

@@ -18,7 +18,7 @@ from moda_ops.attention import (
     slot_lists,
     window_sides,
 )
-from moda_ops.checks import check_decode
+from moda_ops.checks import DECODING, check_both, check_decode
 from moda_ops.ops import LIBRARY, Options, implementation, lse_dtype
 
 OPTIONS = "*, float? scale=None, SymInt? window_left=None, float? softcap=None"
@@ -264,15 +264,13 @@ def moda_decode(
         True
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens)
-    if (k_new is None) != (v_new is None):
-        given, missing = ("k_new", "v_new") if v_new is None else ("v_new", "k_new")
-        raise ValueError(f"{given} is given but {missing} is None; give both or neither")
+    check_both("k_new", k_new, "v_new", v_new)
     if block_table is not None:
         check_tensors(block_table=block_table)
     check_option("scale", scale)
     check_option("softcap", softcap)
     check_bool("return_lse", return_lse)
-    arguments = q, k_cache, v_cache, *slot_lists(k_depth, v_depth), cache_seqlens
+    arguments = q, k_cache, v_cache, *slot_lists(k_depth, v_depth, DECODING), cache_seqlens
     left, _ = window_sides(window)
     options = dict(scale=scale, window_left=left, softcap=softcap)
     if k_new is None or v_new is None:

@@ -1,15 +1,17 @@
 """The operators in plain PyTorch: what CPU tensors get, and the readable form of the kernels.
 
 Memory is O(T * S) for the sequence scores and O(T * L) for the depth scores: no depth slot is ever
-copied or stacked. float16 and bfloat16 are computed in float32, as the kernels do, and autocast
-reaches in as little as into a kernel. A query at key position p sees the keys of the band
-[p - left, p + right]; None is unbounded, causal is right = 0. All plans are this one.
+copied or stacked. (In chunks of C tokens they are, and the depth scores take O(T * C * L).) float16
+and bfloat16 are computed in float32, as the kernels do, and autocast reaches in as little as into a
+kernel. A query at key position p sees the keys of the band [p - left, p + right]; None is
+unbounded, causal is right = 0. All plans are this one.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 KeyGradients = tuple[Any, Any, Any, Any]
 """For k, v, k_depth and v_depth, each in its form."""
@@ -79,12 +81,19 @@ def _scores(
     """Scores [B, H, G, T, S + L], sequence then depth, -inf where hidden; and softcap's slope."""
     sequence = q @ k.mT  # [B, H, G, T, S]
     depth = [(q * _heads_first(slot, q.dtype)).sum(-1, keepdim=True) for slot in k_depth]
-    scores = torch.cat([sequence, *depth], -1) * scale
+    return _finished_scores(torch.cat([sequence, *depth], -1), seen, scale, softcap)
+
+
+def _finished_scores(
+    products: Tensor, seen: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Scores of q . k, -inf where not ``seen``, which may lack the last columns; and the slope."""
+    scores = products * scale
     slope = torch.ones_like(scores)
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores, slope = softcap * capped, 1 - capped * capped
-    scores[..., : k.shape[-2]].masked_fill_(~seen, float("-inf"))
+    scores[..., : seen.shape[-1]].masked_fill_(~seen, float("-inf"))
     return scores, slope
 
 
@@ -191,6 +200,128 @@ def attention_backward(
     _store(into_k_depth, dk_slots, k_depth_running)
     _store(into_v_depth, dv_slots, v_depth_running)
     return _ungrouped(drows_q, q.dtype), into_k, into_v, into_k_depth, into_v_depth
+
+
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    chunk_size: int,
+    scale: float,
+    left: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """``moda::chunk_attention``: as ``attention``, causal, over the depth of a token's chunk."""
+    if not depth_slots(k_depth) or q.numel() == 0:
+        return attention(q, k, v, k_depth, v_depth, scale, left, 0, softcap)
+    T, S, H = q.shape[1], k.shape[1], k.shape[2]
+    C = min(chunk_size, T)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
+    chunk_keys, chunk_values = _chunk_rows(k_depth, C, dtype), _chunk_rows(v_depth, C, dtype)
+    scores, _ = _chunk_scores(rows, keys, chunk_keys, C, scale, left, softcap)
+    lse = torch.logsumexp(scores, -1)  # [B, H, G, T]
+    p = _probabilities(scores, lse)
+    out = p[..., :S] @ values + _joined(_chunks(p[..., S:], C) @ chunk_values, T)
+    return _ungrouped(out, q.dtype), lse.flatten(1, 2).contiguous()
+
+
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+def chunk_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    chunk_size: int,
+    scale: float,
+    left: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """``moda::chunk_attention_backward``: the gradients, depth in the form it was given."""
+    if not depth_slots(k_depth) or q.numel() == 0:
+        return attention_backward(
+            dout, dlse, q, k, v, k_depth, v_depth, out, lse, scale, left, 0, softcap
+        )
+    T, S, H = q.shape[1], k.shape[1], k.shape[2]
+    C = min(chunk_size, T)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
+    chunk_keys, chunk_values = _chunk_rows(k_depth, C, dtype), _chunk_rows(v_depth, C, dtype)
+    drows = _grouped(dout, H, dtype)
+
+    delta = (drows * _grouped(out, H, dtype)).sum(-1)  # [B, H, G, T]
+    if dlse is not None:
+        delta = delta - dlse.to(dtype).unflatten(1, delta.shape[1:3])
+    scores, slope = _chunk_scores(rows, keys, chunk_keys, C, scale, left, softcap)
+    p = _probabilities(scores, lse.to(dtype).unflatten(1, delta.shape[1:3]))
+    chunk_dp = _joined(_chunks(drows, C) @ chunk_values.mT, T)
+    dp = torch.cat([drows @ values.mT, chunk_dp], -1)
+    ds = p * (dp - delta[..., None]) * slope * scale  # [B, H, G, T, S + C * L]
+
+    chunk_p, chunk_ds = _chunks(p[..., S:], C), _chunks(ds[..., S:], C)
+    dq = ds[..., :S] @ keys + _joined(chunk_ds @ chunk_keys, T)
+    dk = (ds[..., :S].mT @ rows).sum(2).transpose(1, 2)
+    dv = (p[..., :S].mT @ drows).sum(2).transpose(1, 2)
+    dk_depth, dv_depth = ([x.new_empty(x.shape) for x in depth] for depth in (k_depth, v_depth))
+    _store(dk_depth, _slots_of((chunk_ds.mT @ _chunks(rows, C)).sum(2), C, T), None)
+    _store(dv_depth, _slots_of((chunk_p.mT @ _chunks(drows, C)).sum(2), C, T), None)
+    return (
+        _ungrouped(dq, q.dtype),
+        dk.to(k.dtype).contiguous(),
+        dv.to(v.dtype).contiguous(),
+        dk_depth,
+        dv_depth,
+    )
+
+
+def _chunks(x: Tensor, C: int) -> Tensor:
+    """[.., T, D] -> [.., N, C, D], with zeros past the last token."""
+    return pad(x, (0, 0, 0, -x.shape[-2] % C)).unflatten(-2, (-1, C))
+
+
+def _joined(x: Tensor, T: int) -> Tensor:
+    """[.., N, C, D] -> [.., T, D]."""
+    return x.flatten(-3, -2)[..., :T, :]
+
+
+def _chunk_rows(depth: list[Tensor], C: int, dtype: torch.dtype) -> Tensor:
+    """Each chunk's depth keys [B, H, 1, N, C * L, D]; slot l of token s is row s * L + l."""
+    L = len(depth_slots(depth))
+    tokens = torch.stack(depth_slots(depth), 3).permute(0, 2, 1, 3, 4).flatten(3)  # [B, H, T, L D]
+    return _chunks(tokens.to(dtype), C).unflatten(-1, (L, -1)).flatten(3, 4).unsqueeze(2)
+
+
+def _slots_of(rows: Tensor, C: int, T: int) -> list[Tensor]:
+    """The inverse of ``_chunk_rows``: [B, H, N, C * L, D] -> L slots (B, T, H, D)."""
+    tokens = rows.unflatten(3, (C, -1)).flatten(2, 3)[:, :, :T]  # [B, H, T, L, D]
+    return list(tokens.transpose(1, 2).unbind(3))
+
+
+def _chunk_scores(
+    q: Tensor,
+    k: Tensor,
+    chunk_keys: Tensor,
+    C: int,
+    scale: float,
+    left: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """As ``_scores``, [B, H, G, T, S + C * L]: a token's chunk comes last, row by row."""
+    T, S = q.shape[-2], k.shape[-2]
+    products = torch.cat([q @ k.mT, _joined(_chunks(q, C) @ chunk_keys.mT, T)], -1)
+    place = torch.arange(T, device=q.device) % C  # of a token in its chunk
+    earlier = torch.arange(C, device=q.device)[None, :] <= place[:, None]  # [T, C], or itself
+    earlier = earlier.repeat_interleave(chunk_keys.shape[-2] // C, 1)
+    seen = torch.cat([_visible(T, S, left, 0, None, q.device), earlier], -1)
+    return _finished_scores(products, seen, scale, softcap)
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ the first such call.
 """
 
 import math
+from collections.abc import Callable
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +64,11 @@ def implementation(q: Tensor) -> Any:
     return moda_kernels
 
 
+def empty_like(tensors: list[Tensor]) -> list[Tensor]:
+    """Contiguous tensors of the same shapes and dtypes."""
+    return [x.new_empty(x.shape) for x in tensors]
+
+
 def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
@@ -74,7 +81,7 @@ def _attention(
     return implementation(q).attention(q, k, v, k_depth, v_depth, *opts.resolved(q.shape[-1]))
 
 
-def _attention_fake(
+def attention_fake(
     q: Tensor, k: Tensor, v: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], **options: Any
 ) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, k_depth, v_depth, Options(**options))
@@ -103,7 +110,7 @@ def _attention_backward(
     )
 
 
-def _attention_backward_fake(
+def attention_backward_fake(
     dout: Tensor | None,
     dlse: Tensor | None,
     q: Tensor,
@@ -117,46 +124,55 @@ def _attention_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     check_attention(q, k, v, k_depth, v_depth, Options(**options))
     check_backward(dout, dlse, out, lse, q, v, lse_dtype(q))
-
-    def contiguous(tensors: list[Tensor]) -> list[Tensor]:
-        return [x.new_empty(x.shape) for x in tensors]
-
-    dq, dk, dv = contiguous([q, k, v])
-    return dq, dk, dv, contiguous(k_depth), contiguous(v_depth)
+    dq, dk, dv = empty_like([q, k, v])
+    return dq, dk, dv, empty_like(k_depth), empty_like(v_depth)
 
 
-def _setup_context(
-    ctx: Any,
-    inputs: tuple[Any, ...],
-    keyword_only_inputs: dict[str, Any],
-    output: tuple[Tensor, Tensor],
+def register(
+    name: str,
+    forward: Callable[..., Any],
+    forward_fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    backward_fake: Callable[..., Any],
 ) -> None:
-    q, k, v, k_depth, v_depth = inputs
-    ctx.save_for_backward(q, k, v, *k_depth, *v_depth, *output)
-    ctx.slots, ctx.options = len(k_depth), keyword_only_inputs
-    ctx.set_materialize_grads(False)
+    """Implement ``moda::name(inputs, *, options) -> (out, lse)`` and its gradient,
+    ``moda::name_backward(dout, dlse, inputs, out, lse, *, options)``. Inputs are tensors and lists
+    of tensors; the gradients of the first of them come back in their form, and the rest have none.
+    """
+    for op, kernel, fake in (
+        (name, forward, forward_fake),
+        (f"{name}_backward", backward, backward_fake),
+    ):
+        for device in ("CPU", "CUDA"):
+            LIBRARY.impl(op, kernel, device)
+        torch.library.register_fake(f"moda::{op}", fake, lib=LIBRARY)
 
+    def setup_context(
+        ctx: Any,
+        inputs: tuple[Any, ...],
+        keyword_only_inputs: dict[str, Any],
+        output: tuple[Tensor, Tensor],
+    ) -> None:
+        ctx.lengths = [None if isinstance(x, Tensor) else len(x) for x in inputs]
+        tensors = chain.from_iterable([x] if isinstance(x, Tensor) else x for x in inputs)
+        ctx.save_for_backward(*tensors, *output)
+        ctx.options = keyword_only_inputs
+        ctx.set_materialize_grads(False)
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, *depth, out, lse = ctx.saved_tensors
-    k_depth, v_depth = depth[: ctx.slots], depth[ctx.slots :]
-    return torch.ops.moda.attention_backward(
-        dout, dlse, q, k, v, k_depth, v_depth, out, lse, **ctx.options
+    def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if n is None else list(islice(saved, n)) for n in ctx.lengths]
+        op = getattr(torch.ops.moda, f"{name}_backward")
+        grads = op(dout, dlse, *inputs, *saved, **ctx.options)
+        return *grads, *[None] * (len(inputs) - len(grads))
+
+    def no_double_backward(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(f"moda::{name} has no second derivative (create_graph=True)")
+
+    torch.library.register_autograd(
+        f"moda::{name}", differentiate, setup_context=setup_context, lib=LIBRARY
     )
+    torch.library.register_autograd(f"moda::{name}_backward", no_double_backward, lib=LIBRARY)
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise NotImplementedError("moda::attention has no second derivative (create_graph=True)")
-
-
-for _name, _kernel, _fake in (
-    ("attention", _attention, _attention_fake),
-    ("attention_backward", _attention_backward, _attention_backward_fake),
-):
-    for _device in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _kernel, _device)
-    torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "moda::attention", _backward, setup_context=_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd("moda::attention_backward", _no_double_backward, lib=LIBRARY)
+register("attention", _attention, attention_fake, _attention_backward, attention_backward_fake)

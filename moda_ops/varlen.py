@@ -20,7 +20,7 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.checks import PACKED, Plan, check_attention, check_backward, check_cu_seqlens
-from moda_ops.ops import LIBRARY, OPTIONS, Options, lse_dtype
+from moda_ops.ops import LIBRARY, OPTIONS, Options, empty_like, lse_dtype
 
 LIBRARY.define(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "
@@ -137,57 +137,17 @@ def _attention_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     _check(q, k, v, k_depth, v_depth, cu_seqlens_q, cu_seqlens_k, Options(**options))
     check_backward(dout, dlse, out, lse, q, v, lse_dtype(q), PACKED)
-    dq, dk, dv, *depth = (x.new_empty(x.shape) for x in (q, k, v, *k_depth, *v_depth))
-    return dq, dk, dv, depth[: len(k_depth)], depth[len(k_depth) :]
+    dq, dk, dv = empty_like([q, k, v])
+    return dq, dk, dv, empty_like(k_depth), empty_like(v_depth)
 
 
-def _setup_context(
-    ctx: Any,
-    inputs: tuple[Any, ...],
-    keyword_only_inputs: dict[str, Any],
-    output: tuple[Tensor, Tensor],
-) -> None:
-    q, k, v, k_depth, v_depth, cu_seqlens_q, cu_seqlens_k = inputs
-    ctx.save_for_backward(q, k, v, *k_depth, *v_depth, cu_seqlens_q, cu_seqlens_k, *output)
-    ctx.slots, ctx.options = len(k_depth), keyword_only_inputs
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, *depth, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
-    k_depth, v_depth = depth[: ctx.slots], depth[ctx.slots :]
-    grads = torch.ops.moda.attention_varlen_backward(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        k_depth,
-        v_depth,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        out,
-        lse,
-        **ctx.options,
-    )
-    return *grads, None, None
-
-
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise NotImplementedError("moda::attention_varlen has no second derivative (create_graph=True)")
-
-
-for _name, _kernel, _fake in (
-    ("attention_varlen", _attention, _attention_fake),
-    ("attention_varlen_backward", _attention_backward, _attention_backward_fake),
-):
-    for _device in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _kernel, _device)
-    torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "moda::attention_varlen", _backward, setup_context=_setup_context, lib=LIBRARY
+ops.register(
+    "attention_varlen",
+    _attention,
+    _attention_fake,
+    _attention_backward,
+    _attention_backward_fake,
 )
-torch.library.register_autograd("moda::attention_varlen_backward", _no_double_backward, lib=LIBRARY)
 
 
 @overload

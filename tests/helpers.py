@@ -75,7 +75,10 @@ def make_inputs(
 
 
 class Scores(NamedTuple):
-    """All scores of sequence and depth side by side, [B, HQ, T, S + L], -inf where hidden."""
+    """All scores of sequence and depth side by side, [B, HQ, T, S + L], -inf where hidden.
+
+    With a ``chunk_size``, depth keys have several readers and stand among the sequence's.
+    """
 
     values: Tensor
     hidden: Tensor
@@ -88,6 +91,11 @@ def _scores(inputs: Inputs, options: dict[str, Any]) -> Scores:
     if len(k_depth) == 1 and k_depth[0].dim() == 5:
         k_depth, v_depth = list(k_depth[0].unbind(2)), list(v_depth[0].unbind(2))
     T, S, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    seen = moda_reference.visible(T, S, options.get("causal", True), options.get("window"))
+    if "chunk_size" in options:
+        chunk = moda_reference.chunk_visible(T, options["chunk_size"])
+        seen = np.concatenate([seen, *[chunk] * len(k_depth)], 1)
+        k, v, k_depth, v_depth = torch.cat([k, *k_depth], 1), torch.cat([v, *v_depth], 1), [], []
     cap, scale = options.get("softcap"), options.get("scale") or q.shape[-1] ** -0.5
 
     def heads(x: Tensor) -> Tensor:  # (B, S, H, D) -> (B, HQ, S, D)
@@ -98,7 +106,6 @@ def _scores(inputs: Inputs, options: dict[str, Any]) -> Scores:
     x = torch.cat(dots, -1) * scale
     if cap is not None:
         x = cap * torch.tanh(x / cap)
-    seen = moda_reference.visible(T, S, options.get("causal", True), options.get("window"))
     hidden = torch.nn.functional.pad(~torch.from_numpy(seen), (0, len(k_depth))).to(q.device)
     return Scores(
         x.masked_fill(hidden, float("-inf")), hidden, [heads(x) for x in (v, *v_depth)], keys
@@ -141,6 +148,9 @@ def rounding(inputs: Inputs, dout: Tensor, dlse: Tensor, **options: Any) -> dict
 
     def over_rows(weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The sums for sequence keys and for slots, both over the group."""
+        if "chunk_size" in options:
+            keys = (weights.mT @ rows).unflatten(1, (-1, G)).sum(2)
+            return keys[:, :, :S], keys[:, :, S:]
         sequence = (weights[..., :S].mT @ rows).unflatten(1, (-1, G)).sum(2)
         depth = (weights[..., S:, None] * rows[..., None, :]).unflatten(1, (-1, G)).sum(2)
         return sequence, depth
@@ -190,8 +200,9 @@ def assert_matches_reference(
     out, lse, grads = run(inputs, dout, dlse)
 
     arrays = inputs.numpy()
-    exact_out, exact_lse = moda_reference.attention(*arrays, **options)
-    exact = moda_reference.attention_backward(
+    name = "chunk_attention" if "chunk_size" in options else "attention"
+    exact_out, exact_lse = getattr(moda_reference, name)(*arrays, **options)
+    exact = getattr(moda_reference, f"{name}_backward")(
         dout.double().cpu().numpy(), *arrays, dlse=dlse.double().cpu().numpy(), **options
     )
     leaves = inputs.map(lambda x: x.detach().requires_grad_())

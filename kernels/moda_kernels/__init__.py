@@ -1,9 +1,15 @@
 """Triton kernels for Mixture-of-Depths Attention and their launchers; private to ``moda_ops``.
 
-``attention``, ``attention_backward`` and ``decode`` have the signatures of their plain PyTorch twins
-in ``moda_ops.eager`` and trust their arguments: ``moda_ops`` has checked them.
+The functions have the signatures of their plain PyTorch twins in ``moda_ops.eager`` and trust their
+arguments: ``moda_ops`` has checked them.
 """
 
-from moda_kernels.operators import attention, attention_backward, decode
+from moda_kernels.operators import (
+    attention,
+    attention_backward,
+    chunk_attention,
+    chunk_attention_backward,
+    decode,
+)
 
-__all__ = ["attention", "attention_backward", "decode"]
+__all__ = ["attention", "attention_backward", "chunk_attention", "chunk_attention_backward", "decode"]

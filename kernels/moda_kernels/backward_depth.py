@@ -7,8 +7,8 @@ dk and dv plus what later readers of the slot have left, if they have. Slot l of
 G query heads of that token alone, so one program owns a tile of tokens of one key/value head, walks
 over the slots, and adds the heads up itself: no atomics. All products are matrix products batched over
 the tile's tokens, transposed ([slot, head]) so that the sums over heads need no further transposition.
-Depth's share of dq is float32 and unscaled; where ``dq_sequence`` is given, (pointer, strides) of the
-sequence's share, dq is the finished sum of both (of a group that goes by in one part).
+Depth's share of dq is float32 and unscaled. Of a group that goes by in one part dq can also be FINISHED:
+scaled, in q's dtype, and with the sequence's share, where ``dq_sequence`` is its (pointer, strides).
 """
 
 from typing import Any
@@ -60,6 +60,7 @@ def _moda_backward_depth_kernel(
     q_strides, dout_strides, scale, softcap, B, T, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGNED: tl.constexpr,
+    FINISHED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % (B * H)
     b = (head // H).to(tl.int64)
@@ -124,37 +125,43 @@ def _moda_backward_depth_kernel(
     if ONE_PASS:
         dq_ptrs = (dq_base + offs_g[None, :] * D)[:, :, None] + offs_d[None, None, :]
         dq_ok = (offs_t < T)[:, None] & (offs_g < G)[None, :]
+        if FINISHED:
+            dq *= scale
         if dq_sequence is not None:
             dq_rows = dq_sequence[0] + b * dq_sequence[1] + t * dq_sequence[2] + j * G * dq_sequence[3]
             dq_rows = dq_rows + offs_g.to(tl.int64)[None, :] * dq_sequence[3]
-            dq = dq * scale + load_rows(dq_rows[:, :, None] + offs_d[None, None, :], dq_ok, offs_d, D)
+            dq += load_rows(dq_rows[:, :, None] + offs_d[None, None, :], dq_ok, offs_d, D)
         tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])
 
 
 @prepared
 def _prepare(
-    p: Problem, q: Layout, dout: Layout, lse: Layout, dq_sequence: Layout | None, depth: DepthLayout
+    p: Problem, q: Layout, dout: Layout, lse: Layout, dq_sequence: Layout | None, depth: DepthLayout, finished: bool
 ) -> Launch:
     tile = tuning.backward_depth_tile(p.G, p.D, p.DV)
     return Launch(
         _moda_backward_depth_kernel, triton.cdiv(p.T, tile.BLOCK_T) * p.B * p.H,
         q.strides[:3], dout.strides[:3], p.scale, p.softcap, p.B, p.T, p.L, p.H,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
-        ALIGNED=depth.aligned, **tile._asdict(),
+        ALIGNED=depth.aligned, FINISHED=finished, **tile._asdict(),
     )  # fmt: skip
 
 
 def launch_backward_depth(
-    p: Problem, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, *depths: Any, dq_sequence: Tensor | None = None
-) -> Tensor:
-    """dq (B, T, HQ, D), contiguous: depth's unscaled share in float32, or, on top of the sequence's, all of it.
+    p: Problem, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, *depths: Any,
+    dq_sequence: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dq (B, T, HQ, D), contiguous: depth's unscaled share in float32, or, on top of the sequence's or if S = 0,
+    all of it.
 
     ``depths`` are k_depth, v_depth and their gradients, which this writes, then, if there are any, those of
     later readers.
     """
     depth, depth_layout = depth_pointers(*depths)
-    dq = q.new_empty(q.shape, dtype=torch.float32 if dq_sequence is None else q.dtype)
+    in_parts = tuning.backward_depth_tile(p.G, p.D, p.DV).BLOCK_G < p.G
+    finished = dq_sequence is not None or (p.S == 0 and not in_parts)
+    dq = q.new_empty(q.shape, dtype=q.dtype if finished else torch.float32)
     share = None if dq_sequence is None else (dq_sequence, *dq_sequence.stride()[:3])
-    launch = _prepare(p, *map(layout, (q, dout, lse, dq_sequence)), depth_layout)
+    launch = _prepare(p, *map(layout, (q, dout, lse, dq_sequence)), depth_layout, finished)
     launch(q, dout, lse, delta, dq, share, *depth, *[None] * (6 - len(depth)))
-    return dq
+    return dq.mul_(p.scale).to(q.dtype) if p.S == 0 and in_parts else dq

@@ -60,6 +60,12 @@ def band_mask(bands, offs_t, keys, T, S, left, right):
 
 
 @triton.jit
+def chunk_mask(tokens, owners, chunk):
+    """Whether a token sees the depth of another: one of its chunk up to itself."""
+    return (owners <= tokens) & (owners >= tokens - tokens % chunk)
+
+
+@triton.jit
 def key_range(bands, first, last, T, S, left, right, BLOCK_N: tl.constexpr):
     """Keys that tokens first..last see: [begin, end) by any, [inner_begin, inner_end) by all.
 
@@ -140,24 +146,33 @@ def load_rows(ptrs, rows_ok, offs_d, D: tl.constexpr):
 
 @triton.jit
 def slot_rows(depth, b, j, offs_t, offs_l, l_ok, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers [.., BLOCK_L] to rows (b, t, j) of depth slots ``offs_l``; ``offs_t`` is [.., 1].
+    """Pointers [.., BLOCK_L] to rows (b, t, j) of depth slots ``offs_l``; ``offs_t`` is [.., 1], or
+    [BLOCK_L] for one token to each slot.
 
     ``depth`` is (words, strides), see moda_kernels.slots, or, for a packed tensor, (pointer, stride_b,
     stride_t, stride_l, stride_h). ALIGNED: every row of every slot starts on 16 bytes, which lets
     loads be vectorized although addresses come from memory.
     """
     t = offs_t.to(tl.int64)
+    PAIRS: tl.constexpr = len(offs_t.shape) == 1
     if len(depth) == 2:
         word = tl.load(depth[0] + offs_l, mask=l_ok, other=0)
         strides = depth[1] + (word >> 50) * 3
         start = b * tl.load(strides) + j * tl.load(strides + 2)
         rows = (word & ((1 << 50) - 1)).to(tl.pointer_type(dtype)) + start
-        rows = rows[None, :] + t * tl.load(strides + 1)[None, :]
-        return tl.multiple_of(rows, [16, 16]) if ALIGNED else rows
+        if PAIRS:
+            rows = rows + t * tl.load(strides + 1)
+            return tl.multiple_of(rows, [16]) if ALIGNED else rows
+        else:
+            rows = rows[None, :] + t * tl.load(strides + 1)[None, :]
+            return tl.multiple_of(rows, [16, 16]) if ALIGNED else rows
     else:
         pointer, stride_b, stride_t, stride_l, stride_h = depth
         rows = pointer + b * stride_b + j * stride_h
-        return rows + t * stride_t + offs_l.to(tl.int64)[None, :] * stride_l
+        if PAIRS:
+            return rows + t * stride_t + offs_l.to(tl.int64) * stride_l
+        else:
+            return rows + t * stride_t + offs_l.to(tl.int64)[None, :] * stride_l
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from torch import Tensor
 from moda_kernels import tuning
 from moda_kernels.bands import Bands
 from moda_kernels.common import LN2, band_mask, base2_scores, key_range, load_rows, online_softmax
+from moda_kernels.forward_chunk import attend_chunk
 from moda_kernels.forward_depth import attend_depth
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
@@ -52,10 +53,10 @@ def _attend_sequence(
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=["T", "S", "L", "left", "right"])
+@triton.jit(do_not_specialize=["T", "S", "L", "left", "right", "chunk"])
 def _moda_forward_kernel(
     q_ptr, k_ptr, v_ptr, k_depth, v_depth, out_ptr, lse_ptr, bands,
-    q_strides, k_strides, v_strides, scale, left, right, softcap, B, T, S, L, H,
+    q_strides, k_strides, v_strides, scale, left, right, softcap, chunk, B, T, S, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr, ALIGNED: tl.constexpr,
@@ -79,11 +80,17 @@ def _moda_forward_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    if k_depth is not None and DEPTH_DOT:  # first: its loads overlap other programs' sequence products
-        m_i, l_i, acc = attend_depth(
-            q, m_i, l_i, acc, k_depth, v_depth, b, j, tile, T, L, scale, softcap,
-            G, D, DV, BLOCK_L, True, DEPTH_STAGES, ALIGNED,
-        )  # fmt: skip
+    if k_depth is not None:
+        if chunk is not None:
+            m_i, l_i, acc = attend_chunk(
+                q, m_i, l_i, acc, k_depth, v_depth, b, j, offs_t, first_token, last_token, L, chunk, scale, softcap,
+                D, DV, BLOCK_N, ALIGNED,
+            )  # fmt: skip
+        elif DEPTH_DOT:  # first: its loads overlap other programs' sequence products
+            m_i, l_i, acc = attend_depth(
+                q, m_i, l_i, acc, k_depth, v_depth, b, j, tile, T, L, scale, softcap,
+                G, D, DV, BLOCK_L, True, DEPTH_STAGES, ALIGNED,
+            )  # fmt: skip
 
     k_base = k_ptr + b * k_strides[0] + j * k_strides[2]
     v_base = v_ptr + b * v_strides[0] + j * v_strides[2]
@@ -99,11 +106,12 @@ def _moda_forward_kernel(
         scale, left, right, softcap, D, DV, BLOCK_N, False,
     )  # fmt: skip
 
-    if k_depth is not None and not DEPTH_DOT:  # last: before the sequence loop its layouts spill
-        m_i, l_i, acc = attend_depth(
-            q, m_i, l_i, acc, k_depth, v_depth, b, j, tile, T, L, scale, softcap,
-            G, D, DV, BLOCK_L, False, DEPTH_STAGES, ALIGNED,
-        )  # fmt: skip
+    if k_depth is not None:
+        if chunk is None and not DEPTH_DOT:  # last: before the sequence loop its layouts spill
+            m_i, l_i, acc = attend_depth(
+                q, m_i, l_i, acc, k_depth, v_depth, b, j, tile, T, L, scale, softcap,
+                G, D, DV, BLOCK_L, False, DEPTH_STAGES, ALIGNED,
+            )  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row that saw nothing: out = 0, lse = -inf
     out_rows = out_ptr + ((b * T + offs_t) * (H * G) + query_head) * DV
@@ -121,7 +129,8 @@ def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, depth: DepthLayout) ->
     depth_tile = tuning.forward_depth(q.device, q.dtype, p.G, p.D, p.DV, tile.BLOCK_M)
     return Launch(
         _moda_forward_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H,
-        q.strides[:3], k.strides[:3], v.strides[:3], p.scale, p.left, p.right, p.softcap, p.B, p.T, p.S, p.L, p.H,
+        q.strides[:3], k.strides[:3], v.strides[:3], p.scale, p.left, p.right, p.softcap, p.chunk,
+        p.B, p.T, p.S, p.L, p.H,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
         ALIGNED=depth.aligned, **tile._asdict(), **depth_tile._asdict(),
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""The operators: choose each pass's plan, and run its kernels in order."""
+"""The operators: choose each pass's plan, and run its kernels in order.
+
+Depth alone is a problem of S = 0: the depth passes then do all there is to do.
+"""
 
 from typing import Any
 
@@ -6,6 +9,8 @@ import torch
 from torch import Tensor
 
 from moda_kernels import library
+from moda_kernels.backward_chunk_dkv import launch_chunk_dkv
+from moda_kernels.backward_chunk_dq import launch_chunk_dq
 from moda_kernels.backward_delta import launch_delta
 from moda_kernels.backward_depth import launch_backward_depth
 from moda_kernels.backward_dkv import launch_dkv
@@ -71,6 +76,8 @@ def attention(
     with torch.cuda.device_of(q):
         p, bands = _packed(p, cu_seqlens)
         name = forward_plan(plan, p, q, k, v).library
+        if name is None and p.S == 0 and p.L:
+            return launch_forward_depth(p, q, k_depth, v_depth)
         if name is None:
             return launch_forward(p, q, k, v, k_depth, v_depth, bands)
         out, lse = library.attention(name, q, k, v, p.causal, p.scale)
@@ -133,6 +140,8 @@ def attention_backward(
             return q.new_empty(q.shape), dk.zero_(), dv.zero_(), dk_depth, dv_depth
         delta = launch_delta(p, dout, out, dlse)
         dq_depth = launch_backward_depth(p, q, dout, lse, delta, *depths) if p.L else None
+        if p.S == 0 and dq_depth is not None:
+            return dq_depth, dk, dv, dk_depth, dv_depth
         dq = launch_dq(p, q, k, v, dout, lse, delta, dq_depth, bands)
         launch_dkv(p, q, k, v, dout, lse, delta, dk, dv, k_running, v_running, bands)
     return dq, dk, dv, dk_depth, dv_depth
@@ -143,6 +152,61 @@ def _sum(grad: Tensor, running: Tensor | None, into: Tensor | None) -> Tensor:
     if into is None:
         return grad.contiguous()
     return into.copy_(grad) if running is None else torch.add(grad, running, out=into)
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    chunk_size: int,
+    scale: float,
+    left: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """As ``attention``, causal, over the depth of a token's chunk."""
+    p = problem(q, k, v, k_depth, scale, left, 0, softcap)
+    if q.numel() == 0 or p.L == 0 or chunk_size == 1:
+        return attention(q, k, v, k_depth, v_depth, scale, left, 0, softcap, "fused")
+    with torch.cuda.device_of(q):
+        p = p._replace(chunk=min(chunk_size, p.T))
+        return launch_forward(p, q, k, v, k_depth, v_depth)
+
+
+def chunk_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    chunk_size: int,
+    scale: float,
+    left: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of q, k, v, k_depth and v_depth, in the forms of these."""
+    p = problem(q, k, v, k_depth, scale, left, 0, softcap)
+    if q.numel() == 0 or p.L == 0 or chunk_size == 1:
+        return attention_backward(
+            dout, dlse, q, k, v, k_depth, v_depth, out, lse, scale, left, 0, softcap, "fused"
+        )
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    dk_depth, dv_depth = ([x.new_empty(x.shape) for x in depth] for depth in (k_depth, v_depth))
+    if dout.stride(-1) != 1:  # autograd hands down expanded gradients
+        dout = dout.contiguous()
+    with torch.cuda.device_of(q):
+        p = p._replace(chunk=min(chunk_size, p.T))
+        delta = launch_delta(p, dout, out, dlse)
+        launch_chunk_dkv(p, q, dout, lse, delta, k_depth, v_depth, dk_depth, dv_depth)
+        dq = launch_chunk_dq(p, q, dout, lse, delta, k_depth, v_depth)
+        dq = launch_dq(p, q, k, v, dout, lse, delta, dq)
+        launch_dkv(p, q, k, v, dout, lse, delta, dk, dv, None, None)
+    return dq, dk, dv, dk_depth, dv_depth
 
 
 def decode(

@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """Sizes and options of a call: q (B, T, G H, D), k (B, S, H, D), v (B, S, H, DV), L slots."""
+    """Sizes and options of a call: q (B, T, G H, D), k (B, S, H, D), v (B, S, H, DV), L slots.
+
+    A ``chunk`` is the number of tokens that share their depth, at most T; None is a token for itself.
+    """
 
     B: int
     T: int
@@ -30,6 +33,7 @@ class Problem(NamedTuple):
     right: int | None
     softcap: float | None
     varlen: bool = False  # packed documents: B = 1, and ``bands`` say who sees whom
+    chunk: int | None = None
 
     @property
     def causal(self) -> bool:

@@ -10,8 +10,10 @@ all in float64 whatever comes in:
 
 and two forms of its closed-form gradient, `attention_backward_loops` and `attention_backward`.
 `attention_varlen` and `attention_varlen_backward` take packed documents, each of which is attention
-of its own. `decode` is `attention` of new tokens to a cache, `visible` is the sequence mask, and
-`moda_reference.glossary` explains every symbol.
+of its own, and `decode` is `attention` of new tokens to a cache. `depth_attention` and its backward
+have depth keys alone; in `chunk_attention` and its backward a query sees those of earlier tokens in
+its chunk as well. `visible` and `chunk_visible` are the masks; `moda_reference.glossary` explains
+every symbol.
 
 The package imports NumPy and nothing else.
 
@@ -25,10 +27,12 @@ The package imports NumPy and nothing else.
 ((1, 5, 4, 8), (1, 4, 5))
 """
 
+from moda_reference.chunked import chunk_attention, chunk_attention_backward
 from moda_reference.decoding import Decoded, decode
+from moda_reference.depth import depth_attention, depth_attention_backward
 from moda_reference.gradients import Gradients
 from moda_reference.loops import attention_backward_loops, attention_loops
-from moda_reference.masks import visible
+from moda_reference.masks import chunk_visible, visible
 from moda_reference.tiled import attention_tiled
 from moda_reference.varlen import attention_varlen, attention_varlen_backward
 from moda_reference.vectorised import attention, attention_backward
@@ -43,6 +47,11 @@ __all__ = [
     "attention_tiled",
     "attention_varlen",
     "attention_varlen_backward",
+    "chunk_attention",
+    "chunk_attention_backward",
+    "chunk_visible",
     "decode",
+    "depth_attention",
+    "depth_attention_backward",
     "visible",
 ]

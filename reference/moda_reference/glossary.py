@@ -49,6 +49,7 @@ GLOSSARY: tuple[Symbol, ...] = tuple(
         ("options", "-", "causal, scale, window and softcap, handed on", "-"),
         ("causal", "bool", "hide keys after the query's position", "i_q // G >= i_k, algorithm 1"),
         ("window", "int, pair", "how far a query sees to the left and right", "-"),
+        ("chunk_size", "int", "tokens in a chunk, whose depth slots are shared", "-"),
         ("scale", "float", "factor of dot products, 1 / sqrt(D)", "section 2"),
         ("softcap", "float", "c in score = c tanh(score / c)", "-"),
         # forward

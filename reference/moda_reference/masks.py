@@ -37,6 +37,25 @@ def visible(T: int, S: int, causal: bool = True, window: Window = None) -> Mask:
     return in_reach(position, np.arange(S), reach(T, S, causal, window))
 
 
+def chunk_visible(T: int, chunk_size: int) -> Mask:
+    """The (T, T) array that is True where query t sees the depth slots of token s.
+
+    Those are the tokens of its own chunk, tokens 0 to C - 1, C to 2 C - 1 and so on, up to itself.
+
+    Raises TypeError or ValueError for a T that is not an integer >= 0 or a chunk size < 1.
+
+    >>> chunk_visible(5, chunk_size=3).astype(int)
+    array([[1, 0, 0, 0, 0],
+           [1, 1, 0, 0, 0],
+           [1, 1, 1, 0, 0],
+           [0, 0, 0, 1, 0],
+           [0, 0, 0, 1, 1]])
+    """
+    token, chunk_size = np.arange(integer("T", T, 0)), integer("chunk_size", chunk_size, 1)
+    query = token[:, None]
+    return (token <= query) & (token // chunk_size == query // chunk_size)
+
+
 def reach(T: int, S: int, causal: bool, window: Window) -> tuple[int, int]:
     """How many keys to the left and to the right a query sees; T + S is past every key."""
     left, right = (T + S if side is None else side for side in window_sides(window))

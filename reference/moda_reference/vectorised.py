@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moda_reference._arguments import Array, Depth, Inputs, Window, read_inputs, read_upstream
 from moda_reference.gradients import Gradients, in_form_of
-from moda_reference.masks import visible
+from moda_reference.masks import Mask, visible
 from moda_reference.softcap import softcap_slope, softcapped
 
 
@@ -68,8 +68,7 @@ def attention(
     True
     """
     x = read_inputs(q, k, v, k_depth, v_depth, causal, scale, window, softcap)
-    y = _forward(x)
-    return _ungroup(y.out), _ungroup(y.lse)[..., 0].swapaxes(1, 2)
+    return forward(x, visible(x.q.shape[1], x.k.shape[1], x.causal, x.window))
 
 
 def attention_backward(
@@ -115,8 +114,21 @@ def attention_backward(
     """
     x = read_inputs(q, k, v, k_depth, v_depth, causal, scale, window, softcap)
     dout, dlse = read_upstream(x, dout, dlse)
+    sees = visible(x.q.shape[1], x.k.shape[1], x.causal, x.window)
+    dq, dk, dv, dk_depth, dv_depth = backward(x, sees, dout, dlse)
+    return Gradients(dq, dk, dv, in_form_of(k_depth, dk_depth), in_form_of(v_depth, dv_depth))
+
+
+def forward(x: Inputs, sees: Mask) -> tuple[Array, Array]:
+    """out (B, T, HQ, DV) and lse (B, HQ, T), where `sees` (T, S) masks the sequence."""
+    y = _forward(x, sees)
+    return _ungroup(y.out), _ungroup(y.lse)[..., 0].swapaxes(1, 2)
+
+
+def backward(x: Inputs, sees: Mask, dout: Array, dlse: Array) -> tuple[Array, ...]:
+    """dq, dk, dv, dk_depth and dv_depth, the last two packed."""
     S, H = x.k.shape[1:3]
-    y = _forward(x)
+    y = _forward(x, sees)
 
     sees_nothing = np.isneginf(y.lse)
     do = np.where(sees_nothing, 0.0, _group(dout, H))
@@ -124,10 +136,9 @@ def attention_backward(
     delta = (do * y.out).sum(axis=-1, keepdims=True) - dlse
     ds = y.p * (dots(do, y.v) - delta) * softcap_slope(y.scores, x.softcap) * x.scale
 
-    dq = _ungroup(mix(ds, y.k))
     dk, dk_depth = _tokens_first(spread(ds, y.q, S))
     dv, dv_depth = _tokens_first(spread(y.p, do, S))
-    return Gradients(dq, dk, dv, in_form_of(k_depth, dk_depth), in_form_of(v_depth, dv_depth))
+    return _ungroup(mix(ds, y.k)), dk, dv, dk_depth, dv_depth
 
 
 class Keys(NamedTuple):
@@ -180,14 +191,14 @@ class _Forward(NamedTuple):
     lse: Array  # [B, H, T, G, 1]
 
 
-def _forward(x: Inputs) -> _Forward:
+def _forward(x: Inputs, sees: Mask) -> _Forward:
     T, S, H, L = x.q.shape[1], x.k.shape[1], x.k.shape[2], x.k_depth.shape[2]
     q = _group(x.q, H)
     k = Keys(x.k.swapaxes(1, 2), x.k_depth.transpose(0, 3, 1, 2, 4))
     v = Keys(x.v.swapaxes(1, 2), x.v_depth.transpose(0, 3, 1, 2, 4))
     scores = softcapped(dots(q, k) * x.scale, x.softcap)
     seen = np.ones((T, 1, S + L), dtype=bool)
-    seen[:, 0, :S] = visible(T, S, x.causal, x.window)
+    seen[:, 0, :S] = sees
     p, lse = softmax(np.where(seen, scores, -np.inf))
     return _Forward(q, k, v, scores, p, mix(p, v), lse)
 

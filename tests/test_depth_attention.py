@@ -1,0 +1,238 @@
+"""Attention over depth alone: values, torch.ops.moda.depth_attention to PyTorch, errors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import moda_reference
+from helpers import FORMS, Inputs, assert_matches_reference, make_inputs
+from moda_ops import moda_depth_attention, ops
+
+PACKED = torch.zeros(2, 5, 3, 2, 16)
+SLOT = PACKED[:, :, 0]
+
+
+def depth_arguments(inputs: Inputs):
+    """For ``moda_depth_attention``: no sequence, and a packed tensor by itself."""
+    q, _, _, k_depth, v_depth = inputs
+    packed = len(k_depth) == 1 and k_depth[0].dim() == 5
+    return (q, k_depth[0], v_depth[0]) if packed else (q, k_depth, v_depth)
+
+
+def run_depth(attention=moda_depth_attention, **options):
+    """``assert_matches_reference``'s run, for inputs with S = 0."""
+
+    def run(inputs, dout, dlse):
+        leaves = inputs.map(lambda x: x.detach().requires_grad_())
+        out, lse = attention(*depth_arguments(leaves), return_lse=True, **options)
+        needed = [leaves.q, *leaves.k_depth, *leaves.v_depth]
+        dq, *depth = torch.autograd.grad([out, lse], needed, [dout, dlse])
+        n = len(inputs.k_depth)
+        return (
+            out.detach(),
+            lse.detach(),
+            Inputs(dq, inputs.k, inputs.v, depth[:n], depth[n:]),
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"scale": 0.2}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_matches_reference(dtype, options, form, device):
+    inputs = make_inputs(2, 13, 6, 2, 20, 4, S=0, DV=12, dtype=dtype, device=device, form=form)
+    assert_matches_reference(inputs, run_depth(**options), **options)
+
+
+def test_the_reference_of_these_tests_is_that_of_depth():
+    q, k, v, k_depth, v_depth = make_inputs(2, 5, 6, 2, 8, 3, S=0, DV=4).numpy()
+    expected = moda_reference.depth_attention(q, k_depth, v_depth)
+    for a, b in zip(
+        moda_reference.attention(q, k, v, k_depth, v_depth, causal=False), expected, strict=True
+    ):
+        assert (a == b).all()
+
+
+@pytest.mark.parametrize("form", ["list", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_without_slots(form, dtype, device):
+    inputs = make_inputs(2, 5, 6, 2, 8, 0, S=0, dtype=dtype, device=device, form=form)
+    q, *depth = depth_arguments(inputs)
+    q.requires_grad_()
+    out, lse = moda_depth_attention(q, *depth, return_lse=True)
+    assert (out.shape, out.dtype, lse.dtype) == (q.shape, dtype, torch.float32)
+    assert not out.any() and (lse == float("-inf")).all()
+    assert not torch.autograd.grad(out.sum(), q)[0].any()
+
+
+@pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0)])
+def test_empty_batch_and_sequence(B, T, device):
+    inputs = make_inputs(B, T, 2, 1, 16, 2, S=0, DV=24, device=device)
+    out, lse, grads = run_depth()(inputs, torch.zeros(B, T, 2, 24), torch.zeros(B, 2, T))
+    assert out.shape == (B, T, 2, 24) and lse.shape == (B, 2, T)
+    assert [g.shape for g in grads.leaves()] == [x.shape for x in inputs.leaves()]
+
+
+@pytest.mark.parametrize("form", ["list", "packed"])
+def test_gradcheck(form):
+    inputs = make_inputs(1, 4, 4, 2, 3, 3, S=0, DV=2, dtype=torch.float64, form=form)
+    leaves = [x.requires_grad_() for x in (inputs.q, *inputs.k_depth, *inputs.v_depth)]
+    n = len(inputs.k_depth)
+
+    def f(q, *depth):
+        return torch.ops.moda.depth_attention(q, depth[:n], depth[n:], softcap=1.5)
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("L", [0, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form, L, grad, device):
+    inputs = make_inputs(2, 5, 4, 2, 16, L, S=0, DV=24, device=device, form=form)
+    q, _, _, k_depth, v_depth = inputs.map(lambda x: x.requires_grad_(grad))
+    for kwargs in ({}, {"scale": 0.3, "softcap": 5.0}):
+        args = q, k_depth, v_depth
+        torch.library.opcheck(torch.ops.moda.depth_attention.default, args, kwargs)
+    q, _, _, k_depth, v_depth = inputs.map(torch.Tensor.detach)
+    out, lse = torch.ops.moda.depth_attention(q, k_depth, v_depth)
+    for dlse in (None, torch.randn_like(lse)):
+        args = (torch.randn_like(out), dlse, q, k_depth, v_depth, out, lse)
+        torch.library.opcheck(torch.ops.moda.depth_attention_backward.default, args)
+
+
+def test_no_second_derivative(device):
+    q = torch.randn(1, 3, 1, 16, device=device, requires_grad=True)
+    loss = moda_depth_attention(q, [q.detach()], [q.detach()], return_lse=True)[1].sum()
+    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="moda::depth_attention has no second derivative"):
+        grad.sum().backward()
+
+
+FIRST_CALL = """
+import torch, moda_ops
+f = torch.compile(
+    lambda q, d: moda_ops.moda_depth_attention(q, d, d), fullgraph=True, backend="aot_eager"
+)
+q, *d = (torch.randn(1, 5, 2, 16, device="{device}", requires_grad=True) for _ in range(3))
+out = f(q, d)
+out.sum().backward()
+torch.testing.assert_close(out, moda_ops.moda_depth_attention(q, d, d))
+assert q.grad.isfinite().all() and d[1].grad.isfinite().all()
+print("compiled")
+"""
+
+
+def test_first_call_may_be_compiled(device):
+    code = FIRST_CALL.format(device=device)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert result.stdout == "compiled\n", result.stderr
+
+
+@pytest.mark.parametrize("form", ["list", "packed"])
+def test_one_graph_serves_several_lengths(form, device):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(moda_depth_attention, dynamic=True, fullgraph=True, backend=counter)
+    for T in (19, 23, 64):
+        inputs = make_inputs(3, T, 4, 2, 16, 5, S=0, device=device, form=form, seed=T)
+        assert_matches_reference(inputs, run_depth(compiled))
+    assert counter.frame_count == 1
+
+
+CASES = [
+    (dict(q=[1.0]), TypeError, "q must be a torch.Tensor, got list"),
+    (dict(q=PACKED), ValueError, "q must have shape (B, T, HQ, D), got (2, 5, 3, 2, 16)"),
+    (
+        dict(q=torch.zeros(2, 5, 3, 16)),
+        ValueError,
+        "q's heads must be a positive multiple of k_depth's, got HQ = 3 and H = 2",
+    ),
+    (
+        dict(q=torch.zeros(2, 5, 16, 6).mT),
+        ValueError,
+        "q must be contiguous in its last dimension (stride 1), got strides (480, 96, 1, 6); call "
+        ".contiguous() if a copy is acceptable",
+    ),
+    (
+        dict(k_depth=[SLOT.half()] * 3),
+        TypeError,
+        "k_depth[0] must have dtype torch.float32 to fit q, got torch.float16",
+    ),
+    (
+        dict(v_depth=[SLOT] * 2),
+        ValueError,
+        "k_depth and v_depth must have the same number of slots, got 3 and 2",
+    ),
+    (
+        dict(v_depth=[SLOT, SLOT[:1], SLOT]),
+        ValueError,
+        "v_depth[1] must have shape (B, T, H, DV) = (2, 5, 2, 16), got (1, 5, 2, 16)",
+    ),
+    (
+        dict(k_depth=PACKED[:, :4], v_depth=PACKED),
+        ValueError,
+        "k_depth must have shape (B, T, L, H, D) = (2, 5, 3, 2, 16), got (2, 4, 3, 2, 16)",
+    ),
+    (
+        dict(k_depth=SLOT),
+        ValueError,
+        "k_depth given as one tensor must be packed, (B, T, L, H, D), got 4 dimensions "
+        "(2, 5, 2, 16); a single slot goes in a list",
+    ),
+    (
+        dict(k_depth=None),
+        ValueError,
+        "v_depth is given but k_depth is None; give both or neither",
+    ),
+    (
+        dict(v_depth=[torch.zeros(2, 5, 2, 300)] * 3),
+        ValueError,
+        "v_depth's head dim must be within 1..256, got 300",
+    ),
+    (dict(scale="1"), TypeError, "scale must be a number or None, got '1'"),
+    (dict(scale=float("inf")), ValueError, "scale must be finite, got inf"),
+    (dict(softcap=-1.0), ValueError, "softcap must be a positive finite number, got -1.0"),
+    (dict(return_lse=1), TypeError, "return_lse must be a bool, got 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), CASES)
+def test_errors(changes, error, message):
+    right = dict(q=torch.zeros(2, 5, 6, 16), k_depth=[SLOT] * 3, v_depth=[SLOT] * 3)
+    assert moda_depth_attention(**right).shape == (2, 5, 6, 16)
+    with pytest.raises(error) as caught:
+        moda_depth_attention(**(right | changes))
+    assert str(caught.value) == message
+
+
+def test_operators_check_their_own_arguments():
+    q = torch.zeros(2, 5, 6, 16)
+    out, lse = torch.ops.moda.depth_attention(q, [SLOT], [SLOT])
+    with pytest.raises(ValueError, match=r"k_depth\[0\] must have shape \(B, T, H, D\)"):
+        torch.ops.moda.depth_attention(q, [SLOT[0, 0, 0]], [SLOT])
+    with pytest.raises(ValueError, match=r"lse must have shape \(B, HQ, T\) = \(2, 6, 5\)"):
+        torch.ops.moda.depth_attention_backward(out, None, q, [SLOT], [SLOT], out, lse.mT)
+
+
+@pytest.mark.parametrize("L", [0, 3])
+@pytest.mark.parametrize("form", ["list", "packed"])
+def test_kernels_behind_the_operator(form, L, device, monkeypatch):
+    """What CUDA tensors get, by the interpreter where there is no GPU."""
+    import moda_kernels
+
+    monkeypatch.setattr(ops, "implementation", lambda q: moda_kernels)
+    inputs = make_inputs(2, 5, 6, 2, 20, L, S=0, DV=12, device=device, form=form)
+    if form == "list" and L == 0:
+        inputs = inputs._replace(v=inputs.v.new_empty(2, 0, 2, 20))  # DV = D
+        assert moda_depth_attention(*depth_arguments(inputs)).shape == inputs.q.shape
+        return
+    assert_matches_reference(inputs, run_depth())
