@@ -5,7 +5,10 @@
 The driver is a stand-in, tensors lie on the CPU, and nothing is launched.
 """
 
+import importlib
 import json
+import pkgutil
+import re
 import sys
 from typing import Any
 
@@ -48,21 +51,13 @@ def main(capability: str, shared_memory: str, head_dim: str, dtype: str, group: 
     import triton
 
     triton.runtime.driver.set_active(Driver(int(capability)))
-    from moda_kernels import (
-        backward_delta,
-        backward_depth,
-        backward_dkv,
-        backward_dq,
-        forward,
-        forward_depth,
-        operators,
-        tuning,
-    )
+    import moda_kernels
+    from moda_kernels import operators, tuning
 
     needed: dict[str, int] = {}
-    passes = forward, forward_depth, backward_delta, backward_depth, backward_dq, backward_dkv
-    for module in passes:
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+    for info in pkgutil.iter_modules(moda_kernels.__path__):
+        module = importlib.import_module(f"moda_kernels.{info.name}")
+        for name in [name for name in vars(module) if re.fullmatch("_moda_.*_kernel", name)]:
             setattr(module, name, Compiling(getattr(module, name), needed))
     tuning.shared_memory = lambda device: int(shared_memory)
 
@@ -76,6 +71,20 @@ def main(capability: str, shared_memory: str, head_dim: str, dtype: str, group: 
         options = 1.0, None, 0, None, plan
         out, lse = operators.attention(q, k, k, depth, depth, *options)
         operators.attention_backward(q, None, q, k, k, depth, depth, out, lse, *options)
+    starts = torch.zeros(2, dtype=torch.int32)
+    operators.attention(q, k, k, depth, depth, 1.0, 5, 0, None, cu_seqlens=(starts, starts))
+    operators.attention_backward(
+        q, None, q, k, k, depth, depth, out, lse, 1.0, 5, 0, None, cu_seqlens=(starts, starts)
+    )
+    chunk = 8, 1.0, None, None
+    operators.chunk_attention(q, k, k, depth, depth, *chunk)
+    operators.chunk_attention_backward(q, None, q, k, k, depth, depth, out, lse, *chunk)
+    lengths, table = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)
+    q, new, depth = q[:, :1], k[:, :1], [depth[0][:, :1]]
+    for page_size in (3, 16, 128):
+        cache = zeros(4, page_size, H, D)
+        operators.decode(q, cache, cache, depth, depth, lengths, table, new, new, 1.0, None, None)
+    operators.decode(q, k, k, depth, depth, lengths, None, None, None, 1.0, None, None)
     print(json.dumps(needed))
 
 

@@ -23,5 +23,5 @@ def test_shared_memory_suffices(capability: int, dtype: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     needed = json.loads(done.stdout)
-    assert len(needed) == 6
+    assert len(needed) == 12
     assert all(0 < shared <= LEAST for shared in needed.values()), needed
