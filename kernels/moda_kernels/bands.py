@@ -35,9 +35,10 @@ def _moda_bands_kernel(
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
 
     d = _document(cu_q_ptr, documents, index)
+    following = tl.minimum(d + 1, documents)  # d + 1, unless there is no document at all
     begin = tl.load(cu_k_ptr + d)
-    end = tl.load(cu_k_ptr + d + 1)
-    position = index + end - tl.load(cu_q_ptr + d + 1)
+    end = tl.load(cu_k_ptr + following)
+    position = index + end - tl.load(cu_q_ptr + following)
     first = begin
     last = end - 1
     if left is not None:
@@ -51,9 +52,10 @@ def _moda_bands_kernel(
     tl.store(last_key_ptr + index, last, mask=index < T)
 
     d = _document(cu_k_ptr, documents, index)
+    following = tl.minimum(d + 1, documents)
     begin = tl.load(cu_q_ptr + d)
-    end = tl.load(cu_q_ptr + d + 1)
-    token = index + end - tl.load(cu_k_ptr + d + 1)
+    end = tl.load(cu_q_ptr + following)
+    token = index + end - tl.load(cu_k_ptr + following)
     first = begin
     last = end - 1
     if right is not None:

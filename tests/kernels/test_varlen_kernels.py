@@ -51,6 +51,14 @@ def test_bands(queries, keys, left, right, padding, device):
         assert (np.diff(column) >= 0).all()
 
 
+def test_no_document_at_all(device):
+    """A table of one entry: what lies after it in memory is not read."""
+    cu = torch.tensor([0, 100], dtype=torch.int32, device=device)[:1]
+    assert [x.tolist() for x in launch_bands(cu, cu, 3, 2, None, 0)] == [
+        [0, 0, 0], [-1, -1, -1], [0, 0], [-1, -1],
+    ]  # fmt: skip
+
+
 def document(inputs, t, s):
     """One document of packed inputs, as a batch of one."""
     q, k, v, k_depth, v_depth = inputs
