@@ -159,8 +159,6 @@ def moda_attention_varlen(
     v_depth: Depth | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ...,
     *,
     causal: bool = ...,
     scale: float | None = ...,
@@ -180,8 +178,6 @@ def moda_attention_varlen(
     v_depth: Depth | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ...,
     *,
     causal: bool = ...,
     scale: float | None = ...,
@@ -200,8 +196,6 @@ def moda_attention_varlen(
     v_depth: Depth | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
     *,
     causal: bool = True,
     scale: float | None = None,
@@ -228,21 +222,19 @@ def moda_attention_varlen(
         cu_seqlens_q: (documents + 1,), int32, on q's device, never falling, from 0. The values are
             not checked, for that would wait for the device.
         cu_seqlens_k: the same for keys.
-        max_seqlen_q: ignored: the kernels find out themselves. Accepted in the place where
-            FlashAttention's ``flash_attn_varlen_func`` has it.
-        max_seqlen_k: ignored.
         causal, scale, window, softcap, plan, return_lse: as in :func:`moda_attention`, within each
             document; its last query sits at its last key.
 
     Returns:
         ``out`` (total_q, HQ, DV) in q's dtype; with ``return_lse`` the pair ``(out, lse)``, ``lse``
-        (HQ, total_q) in float32, natural logarithm.
+        (HQ, total_q) in float32 (float64 for float64 inputs), natural logarithm.
 
     Raises:
         TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
         ValueError: shapes, devices or strides that do not fit, or an option outside its range.
 
     Example:
+        >>> import torch
         >>> from moda_ops import moda_attention, moda_attention_varlen
         >>> q, k, v = torch.randn(7, 4, 32), torch.randn(7, 2, 32), torch.randn(7, 2, 32)
         >>> cu_seqlens = torch.tensor([0, 3, 3, 7], dtype=torch.int32)  # 3, 0 and 4 tokens
@@ -253,6 +245,7 @@ def moda_attention_varlen(
     check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_option("scale", scale)
     check_option("softcap", softcap)
+    check_bool("return_lse", return_lse)
     check_plan(plan)
     left, right = window_sides(window)
     out, lse = torch.ops.moda.attention_varlen(
@@ -269,4 +262,4 @@ def moda_attention_varlen(
         softcap=softcap,
         plan=plan,
     )
-    return (out, lse) if check_bool("return_lse", return_lse) else out
+    return (out, lse) if return_lse else out
