@@ -123,6 +123,7 @@ def moda_attention(
     check_tensors(q=q, k=k, v=v)
     check_option("scale", scale)
     check_option("softcap", softcap)
+    check_bool("return_lse", return_lse)
     check_plan(plan)
     left, right = window_sides(window)
     out, lse = torch.ops.moda.attention(
@@ -137,7 +138,7 @@ def moda_attention(
         softcap=softcap,
         plan=plan,
     )
-    return (out, lse) if check_bool("return_lse", return_lse) else out
+    return (out, lse) if return_lse else out
 
 
 def check_tensors(**arguments: object) -> None:

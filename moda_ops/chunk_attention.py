@@ -136,6 +136,7 @@ def moda_chunk_attention(
         raise TypeError(f"chunk_size must be an int, got {chunk_size!r}")
     check_option("scale", scale)
     check_option("softcap", softcap)
+    check_bool("return_lse", return_lse)
     out, lse = torch.ops.moda.chunk_attention(
         q,
         k,
@@ -146,7 +147,7 @@ def moda_chunk_attention(
         window_left=window_sides(window)[0],
         softcap=softcap,
     )
-    return (out, lse) if check_bool("return_lse", return_lse) else out
+    return (out, lse) if return_lse else out
 
 
 def _attention(

@@ -113,13 +113,14 @@ def moda_depth_attention(
     check_tensors(q=q)
     check_option("scale", scale)
     check_option("softcap", softcap)
+    check_bool("return_lse", return_lse)
     out, lse = torch.ops.moda.depth_attention(
         q,
         *slot_lists(k_depth, v_depth),
         scale=scale,
         softcap=softcap,
     )
-    return (out, lse) if check_bool("return_lse", return_lse) else out
+    return (out, lse) if return_lse else out
 
 
 def _no_sequence(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -193,7 +193,7 @@ class DepthStream(NamedTuple):
             v,
             self.buffer,
             self.token,
-            *(cu_seqlens or ()),
+            *_cu_seqlens(cu_seqlens),
             causal=check_bool("causal", causal),
             scale=scale,
             window_left=left,
@@ -261,11 +261,25 @@ class DepthSlots(NamedTuple):
                 )
             k, v = k_depth.pop(), v_depth.pop()
         options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
-        if cu_seqlens is None:
+        packed = _cu_seqlens(cu_seqlens)
+        if not packed:
             return moda_attention(q, k, v, k_depth, v_depth, **options), self
+        check_tensors(q=q)
         if q.shape[0] != 1:
             raise ValueError(f"packed documents need a batch of B = 1, got B = {q.shape[0]}")
         q, k, v, *depth = (x.squeeze(0) for x in (q, k, v, *k_depth, *v_depth))
         k_depth, v_depth = depth[: len(k_depth)], depth[len(k_depth) :]
-        out = moda_attention_varlen(q, k, v, k_depth, v_depth, *cu_seqlens, **options)
+        out = moda_attention_varlen(q, k, v, k_depth, v_depth, *packed, **options)
         return out.unsqueeze(0), self
+
+
+def _cu_seqlens(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | tuple[()]:
+    if pair is None:
+        return ()
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise TypeError(
+            "cu_seqlens must be None or a pair (cu_seqlens_q, cu_seqlens_k), got "
+            f"{type(pair).__name__}"
+        )
+    check_tensors(cu_seqlens_q=pair[0], cu_seqlens_k=pair[1])
+    return pair

@@ -168,6 +168,19 @@ def test_packed_documents_are_one_batch_entry(kind: Any) -> None:
         stream.attend(x, x, x, cu_seqlens=(cu, cu))
 
 
+@pytest.mark.parametrize("kind", [DepthStream, DepthSlots])
+def test_a_stream_takes_starts_in_pairs(kind: Any) -> None:
+    x, cu = torch.zeros(1, 4, 1, 8), starts([4])
+    stream = DepthSlots() if kind is DepthSlots else DepthStream.allocate(1, 1, 4, 1, 8)
+    pair = r"cu_seqlens must be None or a pair \(cu_seqlens_q, cu_seqlens_k\), got "
+    with pytest.raises(TypeError, match=pair + "Tensor"):
+        stream.attend(x, x, x, cu_seqlens=cu)
+    with pytest.raises(TypeError, match=pair + "tuple"):
+        stream.attend(x, x, x, cu_seqlens=(cu,))
+    with pytest.raises(TypeError, match=r"cu_seqlens_k must be a torch.Tensor, got list"):
+        stream.attend(x, x, x, cu_seqlens=(cu, [0, 4]))
+
+
 CU = starts(LENGTHS)
 ERRORS = [
     (dict(q=torch.zeros(1, 15, HQ, D)), ValueError, "q must have shape (total_q, HQ, D), got (1, 15, 6, 16)"),
