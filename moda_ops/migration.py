@@ -98,7 +98,7 @@ def from_authors(
     rows, H = cached_k.shape[1:3] if cached_k.dim() == 4 else (0, 0)
     for name, cached, dims, expected in (
         ("cached_k", cached_k, "(B, T * L, H, D)", (B, rows, H, D)),
-        ("cached_v", cached_v, "(B, T * L, H, DV)", (B, rows, H, cached_v.shape[-1])),
+        ("cached_v", cached_v, "(B, T * L, H, DV)", (B, rows, H, *cached_v.shape[-1:])),
     ):
         if cached.shape != expected or (rows % T if T else rows):
             raise ValueError(

@@ -35,7 +35,7 @@ LIBRARY.define(
 
 
 class Options(NamedTuple):
-    """The keyword-only tail of both schemas, as the caller gave it.
+    """The keyword-only tail of the schemas, as the caller gave it; some have not all of it.
 
     Keyword-only because the dispatcher drops positional arguments that equal their defaults, and
     register_autograd then refuses the gradients of an op with Tensor[] arguments.
@@ -56,7 +56,7 @@ class Options(NamedTuple):
 
 
 def implementation(q: Tensor) -> Any:
-    """The module whose ``attention`` and ``attention_backward`` run for q's device."""
+    """The module whose functions run for q's device."""
     if q.device.type == "cpu":
         return eager
     import moda_kernels

@@ -175,6 +175,11 @@ FROM = [
         ValueError,
         f"cached_v must have shape (B, T * L, H, DV) {WITH}(20, 2, 8)",
     ),
+    (
+        dict(cached_v=CACHED.sum()),
+        ValueError,
+        f"cached_v must have shape (B, T * L, H, DV) {WITH}()",
+    ),
 ]
 
 
