@@ -24,4 +24,4 @@ def test_shared_memory_suffices(capability: int, dtype: str) -> None:
     assert done.returncode == 0, done.stderr
     needed = json.loads(done.stdout)
     assert len(needed) == 12
-    assert all(0 < shared <= LEAST for shared in needed.values()), needed
+    assert max(needed.values()) <= LEAST, needed
