@@ -68,6 +68,14 @@ def _check_last_stride(name: str, tensor: Tensor) -> None:
         )
 
 
+def _check_indices(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, q: Tensor) -> None:
+    """Shape, int32, q's device, and unit stride in the last axis."""
+    if tensor.dtype is not torch.int32:
+        raise TypeError(f"{name} must have dtype torch.int32, got {tensor.dtype}")
+    check_like(name, tensor, shape, dims, torch.int32, q.device)
+    _check_last_stride(name, tensor)
+
+
 def check_attention(
     q: Tensor,
     k: Tensor,
@@ -178,12 +186,7 @@ def check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> N
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu.dim() != 1 or cu.shape[0] == 0:
             raise ValueError(f"{name} must have shape (documents + 1,), got {_shape(cu)}")
-        if cu.dtype is not torch.int32:
-            raise TypeError(f"{name} must have dtype torch.int32, got {cu.dtype}")
-        if cu.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {cu.device}")
-        if not cu.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tuple(cu.stride())}")
+        _check_indices(name, cu, cu.shape, "(documents + 1,)", q)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_k must have the same length, documents + 1, got "
@@ -326,12 +329,6 @@ def check_stream_attention(
     _check_options(options)
 
 
-def _check_indices(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, q: Tensor) -> None:
-    if tensor.dtype is not torch.int32:
-        raise TypeError(f"{name} must have dtype torch.int32, got {tensor.dtype}")
-    check_like(name, tensor, shape, dims, torch.int32, q.device)
-
-
 def check_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -361,7 +358,6 @@ def check_decode(
         _check_rank("block_table", block_table, "(B, max_pages)")
         columns = block_table.shape[1]
         _check_indices("block_table", block_table, (B, columns), "(B, max_pages)", q)
-        _check_last_stride("block_table", block_table)
         if size == 0:
             raise ValueError("k_cache must have a page_size of at least 1, got 0")
         capacity, names = size * columns, "page_size * max_pages"

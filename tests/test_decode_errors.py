@@ -48,6 +48,7 @@ CASES = [
     (dict(cache_seqlens=3), TypeError, "cache_seqlens must be a torch.Tensor, got int"),
     (dict(cache_seqlens=zeros(B).long()), TypeError, "cache_seqlens must have dtype torch.int32, got torch.int64"),
     (dict(cache_seqlens=zeros(3, dtype=torch.int32)), ValueError, "cache_seqlens must have shape (B,) = (2), got (3)"),
+    (dict(cache_seqlens=zeros(1, dtype=torch.int32).expand(B)), ValueError, "cache_seqlens must be contiguous in its last dimension (stride 1), got strides (0,); call .contiguous() if a copy is acceptable"),
     (dict(cache_seqlens=zeros(B, dtype=torch.int32, device="meta")), ValueError, "cache_seqlens must be on q's device cpu, got meta"),
     (dict(k_new=NEW["k_new"]), ValueError, "k_new is given but v_new is None; give both or neither"),
     (NEW | dict(v_new=zeros(B, 2, H, DV)), ValueError, "v_new must have shape (B, N, H, DV) = (2, 3, 2, 24), got (2, 2, 2, 24)"),

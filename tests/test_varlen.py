@@ -195,7 +195,7 @@ ERRORS = [
     (dict(cu_seqlens_k=CU[:0]), ValueError, "cu_seqlens_k must have shape (documents + 1,), got (0)"),
     (dict(cu_seqlens_k=CU[:-1]), ValueError, "cu_seqlens_q and cu_seqlens_k must have the same length, documents + 1, got 5 and 4"),
     (dict(cu_seqlens_k=CU.to("meta")), ValueError, "cu_seqlens_k must be on q's device cpu, got meta"),
-    (dict(cu_seqlens_q=torch.zeros(10, dtype=torch.int32)[::2]), ValueError, "cu_seqlens_q must be contiguous, got strides (2,)"),
+    (dict(cu_seqlens_q=torch.zeros(10, dtype=torch.int32)[::2]), ValueError, "cu_seqlens_q must be contiguous in its last dimension (stride 1), got strides (2,); call .contiguous() if a copy is acceptable"),
     (dict(plan="fast"), ValueError, "plan must be one of 'auto', 'fused', 'split', got 'fast'"),
 ]  # fmt: skip
 
