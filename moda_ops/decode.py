@@ -213,8 +213,8 @@ def moda_decode(
         v_depth: depth values in the same form: slots (B, N, H, DV) or packed (B, N, L, H, DV).
         cache_seqlens: (B,) int32 of stride 1, tokens of each sequence in the cache before the
             call: len_b is cache_seqlens[b] + N with ``k_new``, and cache_seqlens[b] without it,
-            when the cache holds the new tokens already. Not changed by the call. Any length may be 0; a token with
-            pos < 0 sees no key of the cache.
+            when the cache holds the new tokens already. Not changed by the call. Any length may be
+            0; a token with pos < 0 sees no key of the cache.
         k_new: keys of the new tokens, (B, N, H, D), q's dtype. They are written **in place** to
             positions cache_seqlens[b] .. cache_seqlens[b] + N - 1 before anything is read.
         v_new: values likewise, (B, N, H, DV).
