@@ -279,9 +279,9 @@ def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one number whenever attention runs forward."""
     attention, calls = eager.attention, list[int]()
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **options: Any) -> Any:
         calls.append(1)
-        return attention(*args)
+        return attention(*args, **options)
 
     monkeypatch.setattr(eager, "attention", counted)
     return calls
