@@ -3,9 +3,11 @@
     dv_n = sum p dout,   dk_n = scale sum ds q,   over the (token, group) rows that see key n
 
 plus what later readers of these keys have left, if they have. A program owns BLOCK_N keys of one
-key/value head and walks over those rows, BLOCK_M at a time.
+key/value head and walks over those rows, BLOCK_M at a time. Where such programs are too few for the GPU, the
+heads of a group go by in PARTS, each as a group of its own with gradients of its own, which are then summed.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -80,7 +82,7 @@ def _moda_backward_dkv_kernel(
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, k_running_strides, v_running_strides,
     scale, left, right, softcap, B, T, S, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     start_n = tl.program_id(0) // (B * H) * BLOCK_N  # the first keys are seen by most rows: longest first
     head = tl.program_id(0) % (B * H)
@@ -91,8 +93,8 @@ def _moda_backward_dkv_kernel(
     n = offs_n.to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    k_rows = k_ptr + b * k_strides[0] + n * k_strides[1] + j * k_strides[2]
-    v_rows = v_ptr + b * v_strides[0] + n * v_strides[1] + j * v_strides[2]
+    k_rows = k_ptr + b * k_strides[0] + n * k_strides[1] + j // PARTS * k_strides[2]
+    v_rows = v_ptr + b * v_strides[0] + n * v_strides[1] + j // PARTS * v_strides[2]
     k = load_rows(k_rows[:, None] + offs_d[None, :], n_ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
     v = load_rows(v_rows[:, None] + offs_dv[None, :], n_ok, offs_dv, DV)  # [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -137,11 +139,13 @@ def _prepare(
     k_running: Layout | None, v_running: Layout | None,
 ) -> Launch:  # fmt: skip
     tile = tuning.backward_dkv_tile(q.device, q.dtype, p.D, p.DV)
+    H = dk.shape[2]  # parts and all
     layouts = q, k, v, dout, dk, dv, k_running, v_running
     return Launch(
-        _moda_backward_dkv_kernel, triton.cdiv(p.S, tile.BLOCK_N) * p.B * p.H,
-        *(x and x.strides[:3] for x in layouts), p.scale, p.left, p.right, p.softcap, p.B, p.T, p.S, p.H,
-        G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV), **tile._asdict(),
+        _moda_backward_dkv_kernel, triton.cdiv(p.S, tile.BLOCK_N) * p.B * H,
+        *(x and x.strides[:3] for x in layouts), p.scale, p.left, p.right, p.softcap, p.B, p.T, p.S, H,
+        G=p.G * p.H // H, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
+        PARTS=H // p.H, **tile._asdict(),
     )  # fmt: skip
 
 
@@ -150,5 +154,16 @@ def launch_dkv(
     k_running: Tensor | None, v_running: Tensor | None,
 ) -> None:  # fmt: skip
     """Write dk (B, S, H, D) and dv (B, S, H, DV), plus what is running."""
-    launch = _prepare(p, *map(layout, (q, k, v, dout, lse, dk, dv, k_running, v_running)))
-    launch(q, k, v, dout, lse, delta, dk, dv, k_running, v_running)
+    tile = tuning.backward_dkv_tile(q.device, q.dtype, p.D, p.DV)
+    parts = tuning.backward_dkv_parts(q.device, triton.cdiv(p.S, tile.BLOCK_N) * p.B * p.H, p.G)
+    grads, running = [dk, dv], [k_running, v_running]
+    into, onto = grads, running
+    if parts > 1:
+        into = [x.new_empty(p.B, p.S, p.H * parts, x.shape[3], dtype=torch.float32) for x in grads]
+        onto = [None, None]
+    launch = _prepare(p, *map(layout, (q, k, v, dout, lse, *into, *onto)))
+    launch(q, k, v, dout, lse, delta, *into, *onto)
+    if parts > 1:
+        for grad, shares, later in zip(grads, into, running, strict=True):
+            total = shares.unflatten(2, (p.H, parts)).sum(3)
+            grad.copy_(total if later is None else total.add_(later))

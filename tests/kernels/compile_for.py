@@ -72,10 +72,10 @@ def main(capability: str, shared_memory: str, head_dim: str, dtype: str, group: 
         return torch.zeros(shape, dtype=getattr(torch, dtype))
 
     q, k, depth = zeros(1, T, H * G, D), zeros(1, T, H, D), [zeros(1, T, L, H, D)]
-    for plan in ("fused", "split"):
+    for plan, slots in (("fused", []), ("fused", depth), ("split", depth)):
         options = 1.0, None, 0, None, plan
-        out, lse = operators.attention(q, k, k, depth, depth, *options)
-        operators.attention_backward(q, None, q, k, k, depth, depth, out, lse, *options)
+        out, lse = operators.attention(q, k, k, slots, slots, *options)
+        operators.attention_backward(q, None, q, k, k, slots, slots, out, lse, *options)
     print(json.dumps(needed))
 
 

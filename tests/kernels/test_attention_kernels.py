@@ -7,6 +7,7 @@ import torch
 
 import moda_kernels
 from helpers import FORMS, Inputs, assert_matches_reference, make_inputs
+from moda_kernels import tuning
 
 COMPILED = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -147,3 +148,37 @@ def test_empty_batch_and_sequence(B, T, device):
         not g.any() and g.shape == x.shape
         for g, x in zip(grads.leaves(), inputs.leaves(), strict=True)
     )
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """In how many parts the backward of k and v has gone; on a GPU of three multiprocessors."""
+    chosen, choose = [], tuning.backward_dkv_parts
+
+    def choose_and_note(*arguments):
+        chosen.append(choose(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(tuning, "backward_dkv_parts", choose_and_note)
+    return chosen
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_programs_share_a_group(dtype, device, parts):
+    inputs = make_inputs(1, 37, 12, 1, 24, 3, DV=40, dtype=dtype, device=device)
+    check(inputs, window=(9, 0))
+    assert parts == [4]
+
+
+def test_parts_of_a_group_add_up_on_the_running_gradient(device, parts):
+    inputs = make_inputs(1, 20, 4, 1, 16, 0, device=device)
+    options = 0.25, None, 0, None
+    out, lse = moda_kernels.attention(*inputs, *options)
+    saved = out, None, *inputs, out, lse, *options, "fused"
+    _, dk, dv, *_ = moda_kernels.attention_backward(*saved)
+    running = torch.randn_like(dk), torch.randn_like(dv), [], []
+    grads = torch.empty_like(dk), torch.empty_like(dv), [], []
+    moda_kernels.attention_backward(*saved, grads, running[:2])
+    assert parts == [4, 4]
+    torch.testing.assert_close(grads[:2], (dk + running[0], dv + running[1]), rtol=0, atol=0)
