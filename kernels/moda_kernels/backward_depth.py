@@ -7,9 +7,9 @@ dk and dv plus what later readers of the slot have left, if they have. Slot l of
 G query heads of that token alone, so one program owns a tile of tokens of one key/value head, walks
 over the slots, and adds the heads up itself: no atomics. All products are matrix products batched over
 the tile's tokens, transposed ([slot, head]) so that the sums over heads need no further transposition.
-Depth's share of dq is float32 and unscaled; where ``dq_sequence`` is given, (pointer, strides) of the
-sequence's share, dq is the finished sum of both. Of a group that goes by in one part, delta is found here,
-where dout is at hand, and left for the sequence's passes.
+Depth's share of dq is float32 and unscaled. Of a group that goes by in one part dq can also be FINISHED:
+scaled, in q's dtype, and with the sequence's share, where ``dq_sequence`` is its (pointer, strides); and delta
+is found here, where dout is at hand, and left for the sequence's passes.
 """
 
 from typing import Any
@@ -80,6 +80,7 @@ def _moda_backward_depth_kernel(
     k_running, v_running, q_strides, dout_strides, out_strides, dlse_strides, scale, softcap, B, T, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGNED: tl.constexpr,
+    FINISHED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % (B * H)
     b = (head // H).to(tl.int64)
@@ -149,24 +150,26 @@ def _moda_backward_depth_kernel(
     if ONE_PASS:
         dq_ptrs = (dq_base + offs_g[None, :] * D)[:, :, None] + offs_d[None, None, :]
         dq_ok = (offs_t < T)[:, None] & (offs_g < G)[None, :]
+        if FINISHED:
+            dq *= scale
         if dq_sequence is not None:
             dq_rows = dq_sequence[0] + b * dq_sequence[1] + t * dq_sequence[2] + j * G * dq_sequence[3]
             dq_rows = dq_rows + offs_g.to(tl.int64)[None, :] * dq_sequence[3]
-            dq = dq * scale + load_rows(dq_rows[:, :, None] + offs_d[None, None, :], dq_ok, offs_d, D)
+            dq += load_rows(dq_rows[:, :, None] + offs_d[None, None, :], dq_ok, offs_d, D)
         tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])
 
 
 @prepared
 def _prepare(
     p: Problem, q: Layout, dout: Layout, out: Layout, lse: Layout, dlse: Layout | None, dq_sequence: Layout | None,
-    depth: DepthLayout,
+    depth: DepthLayout, finished: bool,
 ) -> Launch:  # fmt: skip
     tile = tuning.backward_depth_tile(q.dtype, p.G, p.D, p.DV)
     return Launch(
         _moda_backward_depth_kernel, triton.cdiv(p.T, tile.BLOCK_T) * p.B * p.H,
         q.strides[:3], dout.strides[:3], out.strides[:3], dlse and dlse.strides, p.scale, p.softcap, p.B, p.T, p.L, p.H,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
-        ALIGNED=depth.aligned, **tile._asdict(),
+        ALIGNED=depth.aligned, FINISHED=finished, **tile._asdict(),
     )  # fmt: skip
 
 
@@ -175,18 +178,22 @@ def launch_backward_depth(
     dq_sequence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dq (B, T, HQ, D) and delta, both contiguous; L >= 1. dq is depth's unscaled share in float32, or, on top
-    of the sequence's, all of it.
+    of the sequence's or if S = 0, all of it.
 
     ``depths`` are k_depth, v_depth and their gradients, which this writes, then, if there are any, those of
     later readers.
     """
     depth, depth_layout = depth_pointers(*depths)
-    dq = q.new_empty(q.shape, dtype=torch.float32 if dq_sequence is None else q.dtype)
+    one_part = p.G <= tuning.backward_depth_tile(q.dtype, p.G, p.D, p.DV).BLOCK_G
+    finished = one_part and (dq_sequence is not None or p.S == 0)
+    dq = q.new_empty(q.shape, dtype=q.dtype if finished else torch.float32)
     share = None if dq_sequence is None else (dq_sequence, *dq_sequence.stride()[:3])
-    if p.G <= tuning.backward_depth_tile(q.dtype, p.G, p.D, p.DV).BLOCK_G:
+    if one_part:
         delta = out.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
     else:
         delta = launch_delta(p, dout, out, dlse)
-    launch = _prepare(p, *map(layout, (q, dout, out, lse, dlse, dq_sequence)), depth_layout)
+    launch = _prepare(p, *map(layout, (q, dout, out, lse, dlse, dq_sequence)), depth_layout, finished)
     launch(q, dout, out, lse, dlse, delta, dq, share, *depth, *[None] * (6 - len(depth)))
+    if p.S == 0 and not finished:
+        dq = dq.mul_(p.scale).to(q.dtype)
     return dq, delta

@@ -5,7 +5,7 @@
 
 A program owns BLOCK_M (token, group) rows of one key/value head. ``attend_depth`` is the loop over slots,
 which the fused forward has in it as well; the kernel here starts it from what another kernel left for
-the sequence.
+the sequence or, where there is no sequence, from nothing.
 """
 
 import torch
@@ -129,11 +129,16 @@ def _moda_forward_depth_kernel(
 
     q_rows = q_ptr + b * q_strides[0] + t * q_strides[1] + h * q_strides[2]
     q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)
-    acc_rows = sequence_ptr + b * sequence_strides[0] + t * sequence_strides[1] + h * sequence_strides[2]
-    acc = load_rows(acc_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV).to(tl.float32)
-    lse = sequence_lse_ptr + b * sequence_lse_strides[0] + h * sequence_lse_strides[1] + t * sequence_lse_strides[2]
-    m_i = tl.load(lse, mask=row_ok, other=0.0) * LOG2E
-    l_i = tl.full([BLOCK_M], 1.0, tl.float32)
+    if sequence_ptr is None:
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    else:
+        acc_rows = sequence_ptr + b * sequence_strides[0] + t * sequence_strides[1] + h * sequence_strides[2]
+        acc = load_rows(acc_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV).to(tl.float32)
+        lse = sequence_lse_ptr + b * sequence_lse_strides[0] + h * sequence_lse_strides[1] + t * sequence_lse_strides[2]
+        m_i = tl.load(lse, mask=row_ok, other=0.0) * LOG2E
+        l_i = tl.full([BLOCK_M], 1.0, tl.float32)
     m_i, l_i, acc = attend_depth(
         q, m_i, l_i, acc, k_depth, v_depth, b, j, tile, T, L, scale, softcap,
         G, D, DV, BLOCK_L, DEPTH_DOT, DEPTH_STAGES, ALIGNED,
@@ -149,20 +154,24 @@ def _moda_forward_depth_kernel(
 
 
 @prepared
-def _prepare(p: Problem, q: Layout, sequence: Layout, sequence_lse: Layout, depth: DepthLayout) -> Launch:
+def _prepare(
+    p: Problem, q: Layout, sequence: Layout | None, sequence_lse: Layout | None, depth: DepthLayout
+) -> Launch:
     tile = tuning.forward_depth_tile(q.dtype, p.G, p.D, p.DV)
     return Launch(
         _moda_forward_depth_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H,
-        q.strides[:3], sequence.strides[:3], sequence_lse.strides, p.scale, p.softcap, p.B, p.T, p.L, p.H,
+        q.strides[:3], sequence and sequence.strides[:3], sequence_lse and sequence_lse.strides,
+        p.scale, p.softcap, p.B, p.T, p.L, p.H,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
         ALIGNED=depth.aligned, **tile._asdict(),
     )  # fmt: skip
 
 
 def launch_forward_depth(
-    p: Problem, q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], sequence: Tensor, sequence_lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As ``launch_forward``, from the sequence's out and lse; L >= 1."""
+    p: Problem, q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor],
+    sequence: Tensor | None = None, sequence_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``launch_forward``, from the sequence's out and lse, or from no sequence; L >= 1."""
     out = q.new_empty(p.B, p.T, p.H * p.G, p.DV)
     lse = q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
     depth, depth_layout = depth_pointers(k_depth, v_depth)

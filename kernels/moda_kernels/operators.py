@@ -55,6 +55,8 @@ def attention(
         return q.new_empty(*q.shape[:3], p.DV), q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
     with torch.cuda.device_of(q):
         name = forward_plan(plan, p, q, k, v).library
+        if name is None and p.S == 0 and p.L:
+            return launch_forward_depth(p, q, k_depth, v_depth)
         if name is None:
             return launch_forward(p, q, k, v, k_depth, v_depth)
         out, lse = library.attention(name, q, k, v, p.causal, p.scale)
@@ -114,6 +116,8 @@ def attention_backward(
             return q.new_empty(q.shape), dk.zero_(), dv.zero_(), dk_depth, dv_depth
         if p.L:
             dq_depth, delta = launch_backward_depth(p, q, dout, out, lse, dlse, *depths)
+            if p.S == 0:
+                return dq_depth, dk, dv, dk_depth, dv_depth
         else:
             dq_depth, delta = None, launch_delta(p, dout, out, dlse)
         dq = launch_dq(p, q, k, v, dout, lse, delta, dq_depth)

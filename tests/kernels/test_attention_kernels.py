@@ -182,3 +182,9 @@ def test_parts_of_a_group_add_up_on_the_running_gradient(device, parts):
     moda_kernels.attention_backward(*saved, grads, running[:2])
     assert parts == [4, 4]
     torch.testing.assert_close(grads[:2], (dk + running[0], dv + running[1]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("G", [1, 2, 3, 8, 80])
+def test_depth_alone(G, dtype, device):
+    check(make_inputs(2, 3, G, 1, 64, 20, S=0, dtype=dtype, device=device, form="packed"))
