@@ -116,12 +116,12 @@ def forward_depth(
     return ForwardDepth(False, 2 if width <= 256 else 1, 2)
 
 
-def forward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> ForwardDepthTile:
+def forward_depth_tile(dtype: torch.dtype, BLOCK_G: int, D: int, DV: int) -> ForwardDepthTile:
     """As small as programs get, a token by a warp, and many of them: what hides the latency of loads."""
+    if dtype is torch.float32:
+        return ForwardDepthTile(16, 2, False, 4, 2)
     width = max(block_dim(D), block_dim(DV))
-    if dtype is not torch.float32 and G >= 2 and triton.next_power_of_2(G) == G:
-        return ForwardDepthTile(G, max(1, G * width // 4096), True, 16, 2)
-    return ForwardDepthTile(16, 1 if width <= 64 else 2, False, 4, 2)
+    return ForwardDepthTile(BLOCK_G, 1 if BLOCK_G * width <= 4096 else BLOCK_G * width // 2048, True, 16, 2)
 
 
 def backward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> DepthTile:
@@ -148,10 +148,12 @@ def backward_dq_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int) 
     return Tile(64, 32, 4, 1)
 
 
-def backward_dkv_parts(device: torch.device, programs: int, G: int) -> int:
-    """How many parts of a group go by on their own: two programs for each multiprocessor are enough."""
+def backward_dkv_parts(device: torch.device, programs: int, rows: int) -> int:
+    """How many programs share the rows for the same keys: two for each multiprocessor are enough, and 512 rows
+    worth one.
+    """
     parts = 1
-    while programs * parts < 2 * multiprocessors(device) and G % (2 * parts) == 0:
+    while programs * parts < 2 * multiprocessors(device) and rows >= 1024 * parts:
         parts *= 2
     return parts
 
