@@ -43,7 +43,7 @@ def _load_heads(
 
 @triton.jit
 def _delta(
-    dout, out_ptr, dlse_ptr, delta_base, out_strides, dlse_strides, b, j, T, offs_t, offs_g, offs_dv,
+    dout, out_ptr, dlse_ptr, delta_base, out_strides, stride_lb, stride_lh, stride_lt, b, j, T, offs_t, offs_g, offs_dv,
     G: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """dout . out - dlse [BLOCK_T, BLOCK_G] of the heads of the group, also stored."""
@@ -54,7 +54,7 @@ def _delta(
     out = load_rows(out_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV)
     delta = tl.sum(out.to(tl.float32) * dout, 2)
     if dlse_ptr is not None:
-        dlse = dlse_ptr + b * dlse_strides[0] + (j * G + g) * dlse_strides[1] + t * dlse_strides[2]
+        dlse = dlse_ptr + b * stride_lb + (j * G + g) * stride_lh + t * stride_lt
         delta -= tl.load(dlse, mask=ok, other=0.0)
     tl.store(delta_base + g * T + t, delta, mask=ok)
     return delta
@@ -74,10 +74,10 @@ def _store_gradient(
     tl.store(rows[:, :, None] + offs_d[None, None, :], grad.to(rows.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "L"])
+@triton.jit(do_not_specialize=["T", "L", "stride_lb", "stride_lh", "stride_lt"])
 def _moda_backward_depth_kernel(
     q_ptr, dout_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, dq_sequence, k_depth, v_depth, dk_depth, dv_depth,
-    k_running, v_running, q_strides, dout_strides, out_strides, dlse_strides, scale, softcap, B, T, L, H,
+    k_running, v_running, q_strides, dout_strides, out_strides, stride_lb, stride_lh, stride_lt, scale, softcap, B, T, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGNED: tl.constexpr,
     FINISHED: tl.constexpr,
@@ -104,8 +104,9 @@ def _moda_backward_depth_kernel(
             q_base, dout_base, lse_base, q_strides[2], dout_strides[2], T, offs_t, offs_g, offs_d, offs_dv, G, D, DV
         )
         delta = _delta(
-            dout, out_ptr, dlse_ptr, delta_base, out_strides, dlse_strides, b, j, T, offs_t, offs_g, offs_dv, G, DV
-        )
+            dout, out_ptr, dlse_ptr, delta_base, out_strides, stride_lb, stride_lh, stride_lt, b, j, T, offs_t, offs_g,
+            offs_dv, G, DV,
+        )  # fmt: skip
     for start in range(0, L, BLOCK_L):
         offs_l = start + tl.arange(0, BLOCK_L)
         l_ok = offs_l < L
@@ -167,7 +168,8 @@ def _prepare(
     tile = tuning.backward_depth_tile(q.dtype, p.G, p.D, p.DV)
     return Launch(
         _moda_backward_depth_kernel, triton.cdiv(p.T, tile.BLOCK_T) * p.B * p.H,
-        q.strides[:3], dout.strides[:3], out.strides[:3], dlse and dlse.strides, p.scale, p.softcap, p.B, p.T, p.L, p.H,
+        q.strides[:3], dout.strides[:3], out.strides[:3], *(dlse.strides if dlse else (None,) * 3),
+        p.scale, p.softcap, p.B, p.T, p.L, p.H,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
         ALIGNED=depth.aligned, FINISHED=finished, **tile._asdict(),
     )  # fmt: skip

@@ -107,10 +107,10 @@ def attend_depth(
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=["T", "L"])
+@triton.jit(do_not_specialize=["T", "L", "stride_lb", "stride_lh", "stride_lt"])
 def _moda_forward_depth_kernel(
     q_ptr, k_depth, v_depth, sequence_ptr, sequence_lse_ptr, out_ptr, lse_ptr,
-    q_strides, sequence_strides, sequence_lse_strides, scale, softcap, B, T, L, H,
+    q_strides, sequence_strides, stride_lb, stride_lh, stride_lt, scale, softcap, B, T, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr,
     BLOCK_G: tl.constexpr, ALIGNED: tl.constexpr,
@@ -136,7 +136,7 @@ def _moda_forward_depth_kernel(
     else:
         acc_rows = sequence_ptr + b * sequence_strides[0] + t * sequence_strides[1] + h * sequence_strides[2]
         acc = load_rows(acc_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV).to(tl.float32)
-        lse = sequence_lse_ptr + b * sequence_lse_strides[0] + h * sequence_lse_strides[1] + t * sequence_lse_strides[2]
+        lse = sequence_lse_ptr + b * stride_lb + h * stride_lh + t * stride_lt
         m_i = tl.load(lse, mask=row_ok, other=0.0) * LOG2E
         l_i = tl.full([BLOCK_M], 1.0, tl.float32)
     m_i, l_i, acc = attend_depth(
@@ -161,7 +161,7 @@ def _prepare(
     tile = tuning.forward_depth_tile(q.dtype, BLOCK_G, p.D, p.DV)
     return Launch(
         _moda_forward_depth_kernel, triton.cdiv(p.T * BLOCK_G, tile.BLOCK_M) * p.B * p.H,
-        q.strides[:3], sequence and sequence.strides[:3], sequence_lse and sequence_lse.strides,
+        q.strides[:3], sequence and sequence.strides[:3], *(sequence_lse.strides if sequence_lse else (None,) * 3),
         p.scale, p.softcap, p.B, p.T, p.L, p.H,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
         BLOCK_G=BLOCK_G, ALIGNED=depth.aligned, **tile._asdict(),

@@ -1,4 +1,5 @@
-"""Compile every kernel for a GPU that is not there; print what shared memory each needs, in bytes.
+"""Compile every kernel for a GPU that is not there; print what shared memory each needs, in bytes, and
+how often they have been compiled in all after each of three lengths.
 
     TRITON_INTERPRET=0 python compile_for.py CAPABILITY SHARED_MEMORY HEAD_DIM DTYPE G
 
@@ -55,28 +56,36 @@ def main(capability: str, shared_memory: str, head_dim: str, dtype: str, group: 
         backward_dq,
         forward,
         forward_depth,
+        library,
         operators,
         tuning,
     )
 
-    needed: dict[str, int] = {}
+    kernels, needed = [], dict[str, int]()
     passes = forward, forward_depth, backward_delta, backward_depth, backward_dq, backward_dkv
     for module in passes:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            setattr(module, name, Compiling(getattr(module, name), needed))
+            kernels.append(getattr(module, name))
+            setattr(module, name, Compiling(kernels[-1], needed))
     tuning.shared_memory = lambda device: int(shared_memory)
+    by_library = library.attention
+    library.attention = lambda *a: tuple(x.contiguous() for x in by_library(*a))  # as cuDNN does
 
-    T, H, L, D, G = 64, 1, 20, int(head_dim), int(group)
+    H, D, G = 1, int(head_dim), int(group)
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=getattr(torch, dtype))
 
-    q, k, depth = zeros(1, T, H * G, D), zeros(1, T, H, D), [zeros(1, T, L, H, D)]
-    for plan, slots in (("fused", []), ("fused", depth), ("split", depth)):
-        options = 1.0, None, 0, None, plan
-        out, lse = operators.attention(q, k, k, slots, slots, *options)
-        operators.attention_backward(q, None, q, k, k, slots, slots, out, lse, *options)
-    print(json.dumps(needed))
+    compilations = []
+    for T, L in ((64, 20), (17, 16), (1, 1)):
+        q, k, depth = zeros(1, T, H * G, D), zeros(1, T, H, D), [zeros(1, T, L, H, D)]
+        for plan, slots in (("fused", []), ("fused", depth), ("split", depth)):
+            options = 1.0, None, 0, None, plan
+            out, lse = operators.attention(q, k, k, slots, slots, *options)
+            dlse = lse if plan == "fused" else None
+            operators.attention_backward(q, dlse, q, k, k, slots, slots, out, lse, *options)
+        compilations.append(sum(len(kernel.device_caches[0][0]) for kernel in kernels))
+    print(json.dumps([needed, compilations]))
 
 
 if __name__ == "__main__":
