@@ -1,5 +1,5 @@
-"""Compile every kernel for a GPU that is not there; print what shared memory each needs, in bytes, and
-how often they have been compiled in all after each of three lengths.
+"""Compile every kernel for a GPU that is not there; print what shared memory each needs, in bytes,
+and how often they have been compiled in all after each of three lengths.
 
     TRITON_INTERPRET=0 python compile_for.py CAPABILITY SHARED_MEMORY HEAD_DIM DTYPE G
 
