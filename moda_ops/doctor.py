@@ -59,15 +59,20 @@ def plans(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
     from moda_kernels.prepared import Problem
 
     rows = []
-    for T, G, L in ((2048, 2, 47), (4096, 8, 64), (16384, 8, 64), (16384, 32, 64)):
-        q, k = (torch.empty(1, T, heads, 64, device=device, dtype=dtype) for heads in (G, 1))
-        p = Problem(1, T, T, L, 1, G, 64, 64, 0.125, None, 0, None)
+    for T, G, L, D in (
+        (2048, 2, 47, 64),
+        (4096, 8, 64, 64),
+        (16384, 8, 64, 64),
+        (4096, 8, 64, 128),
+    ):
+        q, k = (torch.empty(1, T, heads, D, device=device, dtype=dtype) for heads in (8 * G, 8))
+        p = Problem(1, T, T, L, 8, G, D, D, D**-0.5, None, 0, None)
         chosen = forward_plan("auto", p, q, k, k), backward_plan("auto", p, q, k, k, None)
         said = (f"{'split' if plan.library else 'fused'} ({plan.reason})" for plan in chosen)
         rows.append(
             (
-                f"T={T} G={G} L={L}",
-                f"G S / L = {p.products:.0f}: " + "forward {}, backward {}".format(*said),
+                f"T={T} G={G} L={L} D={D}",
+                f"{p.flops / 1e9:.0f} GFLOP: " + "forward {}, backward {}".format(*said),
             )
         )
     return rows

@@ -187,13 +187,15 @@ def test_doctor_passes_and_names_everything() -> None:
 
 
 def test_doctor_says_why_a_shape_gets_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moda_kernels import tuning
+    from moda_kernels import library
 
-    monkeypatch.setattr(tuning, "SPLIT_FORWARD", 1000)
+    monkeypatch.setattr(library, "select", lambda *tensors: "cudnn")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     rows = dict(doctor.plans(torch.device("cpu"), torch.float32))
-    few = "G S / L = 512: forward fused (too few sequence products for a depth product), backward "
-    assert rows["T=4096 G=8 L=64"].startswith(few)
-    assert rows["T=16384 G=8 L=64"].startswith("G S / L = 2048: forward split (")
+    fused = "fused (too little arithmetic for a library to gain)"
+    assert rows["T=2048 G=2 L=47 D=64"] == f"9 GFLOP: forward {fused}, backward {fused}"
+    split = "split (cudnn covers it)"
+    assert rows["T=4096 G=8 L=64 D=64"] == f"137 GFLOP: forward {fused}, backward {split}"
 
 
 @pytest.mark.parametrize("fault", ["wrong", "raises"])

@@ -67,7 +67,7 @@ def _moda_backward_chunk_dq_kernel(
 
 @prepared
 def _prepare(p: Problem, q: Layout, dout: Layout, lse: Layout, depth: DepthLayout) -> Launch:
-    tile = tuning.backward_dq_tile(q.dtype, p.D, p.DV)
+    tile = tuning.backward_dq_tile(q.device, q.dtype, p.D, p.DV)
     return Launch(
         _moda_backward_chunk_dq_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H,
         q.strides[:3], dout.strides[:3], p.scale, p.softcap, p.chunk, p.B, p.T, p.L, p.H,

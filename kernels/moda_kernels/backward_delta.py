@@ -1,4 +1,4 @@
-"""Backward, first pass: delta = rowsum(dout * out) - dlse, the term that every score gradient shares.
+"""Backward without depth, first pass: delta = rowsum(dout * out) - dlse, which every score gradient shares.
 
 With p = exp(score - lse), d out / d score = p (v - out) and d lse / d score = p, so that
 ds = p (dout . v - delta). One program reads BLOCK_M tokens of one query head.

@@ -3,9 +3,11 @@
     dv_n = sum p dout,   dk_n = scale sum ds q,   over the (token, group) rows that see key n
 
 plus what later readers of these keys have left, if they have. A program owns BLOCK_N keys of one
-key/value head and walks over those rows, BLOCK_M at a time.
+key/value head and walks over those rows, BLOCK_M at a time. Where such programs are too few for the GPU,
+PARTS of them share the rows, each every PARTS-th token, and leave shares of the gradients, which are then summed.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,8 +39,8 @@ def _store_gradient(grad_ptr, strides, running_ptr, running_strides, grad, b, n,
 @triton.jit
 def _sum_over_rows(
     dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, turn, end_turn, blocks, begin, end,
-    inner_end, bands, offs_n, T, S, scale, left, right, softcap, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, EDGE: tl.constexpr,
+    inner_end, part, PARTS, bands, offs_n, T, S, scale, left, right, softcap, G: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, BLOCK_M: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """dk plus sum ds q and dv plus sum p dout over blocks of rows, which take turns last, first, second, ...
 
@@ -51,7 +53,7 @@ def _sum_over_rows(
         start = begin + ((i + blocks - 1) % blocks if EDGE else i - 1) * BLOCK_M
         rows = start + tl.arange(0, BLOCK_M)
         row_ok = rows < end if EDGE else None
-        offs_t = rows // G
+        offs_t = rows // G * PARTS + part
         t = offs_t.to(tl.int64)
         g = (rows % G).to(tl.int64)
         q_rows = q_base + t * q_strides[1] + g * q_strides[2]
@@ -82,16 +84,18 @@ def _sum_over_rows(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["T", "S", "left", "right"])
+@triton.jit(do_not_specialize=["T", "S", "left", "right", "PARTS"])
 def _moda_backward_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, k_running_ptr, v_running_ptr, bands,
-    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, k_running_strides, v_running_strides,
-    scale, left, right, softcap, B, T, S, H,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, k_running_ptr, v_running_ptr,
+    dk_shares_ptr, dv_shares_ptr, bands, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
+    k_running_strides, v_running_strides, scale, left, right, softcap, B, T, S, H, PARTS,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    start_n = tl.program_id(0) // (B * H) * BLOCK_N  # the first keys are seen by most rows: longest first
-    head = tl.program_id(0) % (B * H)
+    program = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
+    start_n = program // (B * H) * BLOCK_N  # the first keys are seen by most rows: longest first
+    head = program % (B * H)
     b = (head // H).to(tl.int64)
     j = (head % H).to(tl.int64)
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -111,39 +115,46 @@ def _moda_backward_dkv_kernel(
     lse_base = lse_ptr + (b * H + j) * G * T
     delta_base = delta_ptr + (b * H + j) * G * T
 
-    # Rows of tokens that see any of these keys, [begin, end), and all of them, [inner_begin, inner_end).
+    # Tokens that see any of these keys, [begin, end), and all of them, [inner_begin, inner_end).
     last_n = tl.minimum(start_n + BLOCK_N, S) - 1
     begin, inner_begin, inner_end, end = token_range(bands, start_n, last_n, T, S, left, right)
-    begin *= G
-    inner_begin *= G
-    end *= G
-    inner_end *= G
+    # The same as rows of this part's tokens: part, part + PARTS, ...
+    begin = tl.cdiv(begin - part, PARTS) * G
+    inner_begin = tl.cdiv(inner_begin - part, PARTS) * G
+    end = tl.cdiv(end - part, PARTS) * G
+    inner_end = tl.cdiv(inner_end - part, PARTS) * G
     # The edge goes first and has a block if there are any: see "Two loops" in docs/design.md.
     blocks = tl.cdiv(end - begin, BLOCK_M)
     edges = tl.minimum(tl.cdiv(tl.maximum(inner_begin - begin, 0), BLOCK_M) + 1, blocks)
     dk, dv = _sum_over_rows(
         dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, 0, edges, blocks, begin, end,
-        inner_end, bands, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, True,
+        inner_end, part, PARTS, bands, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, True,
     )  # fmt: skip
     dk, dv = _sum_over_rows(
         dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, edges, blocks, blocks, begin, end,
-        inner_end, bands, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, False,
+        inner_end, part, PARTS, bands, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, False,
     )  # fmt: skip
 
-    _store_gradient(dk_ptr, dk_strides, k_running_ptr, k_running_strides, dk * scale, b, n, j, n_ok, offs_d, D)
-    _store_gradient(dv_ptr, dv_strides, v_running_ptr, v_running_strides, dv, b, n, j, n_ok, offs_dv, DV)
+    dk *= scale
+    if PARTS == 1:
+        _store_gradient(dk_ptr, dk_strides, k_running_ptr, k_running_strides, dk, b, n, j, n_ok, offs_d, D)
+        _store_gradient(dv_ptr, dv_strides, v_running_ptr, v_running_strides, dv, b, n, j, n_ok, offs_dv, DV)
+    else:
+        share = (((b * S + n) * H + j) * PARTS + part)[:, None]
+        tl.store(dk_shares_ptr + share * D + offs_d[None, :], dk, mask=n_ok[:, None] & (offs_d < D)[None, :])
+        tl.store(dv_shares_ptr + share * DV + offs_dv[None, :], dv, mask=n_ok[:, None] & (offs_dv < DV)[None, :])
 
 
 @prepared
 def _prepare(
     p: Problem, q: Layout, k: Layout, v: Layout, dout: Layout, lse: Layout, dk: Layout, dv: Layout,
-    k_running: Layout | None, v_running: Layout | None,
+    k_running: Layout | None, v_running: Layout | None, parts: int,
 ) -> Launch:  # fmt: skip
     tile = tuning.backward_dkv_tile(q.device, q.dtype, p.D, p.DV)
     layouts = q, k, v, dout, dk, dv, k_running, v_running
     return Launch(
-        _moda_backward_dkv_kernel, triton.cdiv(p.S, tile.BLOCK_N) * p.B * p.H,
-        *(x and x.strides[:3] for x in layouts), p.scale, p.left, p.right, p.softcap, p.B, p.T, p.S, p.H,
+        _moda_backward_dkv_kernel, triton.cdiv(p.S, tile.BLOCK_N) * p.B * p.H * parts,
+        *(x and x.strides[:3] for x in layouts), p.scale, p.left, p.right, p.softcap, p.B, p.T, p.S, p.H, parts,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV), **tile._asdict(),
     )  # fmt: skip
 
@@ -153,5 +164,14 @@ def launch_dkv(
     k_running: Tensor | None, v_running: Tensor | None, bands: Bands = None,
 ) -> None:  # fmt: skip
     """Write dk (B, S, H, D) and dv (B, S, H, DV), plus what is running."""
-    launch = _prepare(p, *map(layout, (q, k, v, dout, lse, dk, dv, k_running, v_running)))
-    launch(q, k, v, dout, lse, delta, dk, dv, k_running, v_running, bands)
+    tile = tuning.backward_dkv_tile(q.device, q.dtype, p.D, p.DV)
+    parts = tuning.backward_dkv_parts(q.device, triton.cdiv(p.S, tile.BLOCK_N) * p.B * p.H, p.T * p.G)
+    shares = [delta, delta]  # stand in where the kernel writes none
+    if parts > 1:
+        shares = [x.new_empty(p.B, p.S, p.H, parts, x.shape[3], dtype=torch.float32) for x in (dk, dv)]
+    launch = _prepare(p, *map(layout, (q, k, v, dout, lse, dk, dv, k_running, v_running)), parts)
+    launch(q, k, v, dout, lse, delta, dk, dv, k_running, v_running, *shares, bands)
+    if parts > 1:
+        for grad, share, running in zip((dk, dv), shares, (k_running, v_running), strict=True):
+            total = share.sum(3)
+            grad.copy_(total if running is None else total.add_(running))

@@ -109,7 +109,7 @@ def _moda_backward_dq_kernel(
 
 @prepared
 def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, dout: Layout, lse: Layout, dq_depth: Layout | None) -> Launch:
-    tile = tuning.backward_dq_tile(q.dtype, p.D, p.DV)
+    tile = tuning.backward_dq_tile(q.device, q.dtype, p.D, p.DV)
     return Launch(
         _moda_backward_dq_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H,
         q.strides[:3], k.strides[:3], v.strides[:3], dout.strides[:3],

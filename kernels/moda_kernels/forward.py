@@ -125,8 +125,8 @@ def _moda_forward_kernel(
 
 @prepared
 def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, depth: DepthLayout) -> Launch:
-    tile = tuning.forward_tile(q.dtype, p.G, p.D, p.DV)
-    depth_tile = tuning.forward_depth(q.device, q.dtype, p.G, p.D, p.DV, tile.BLOCK_M)
+    tile = tuning.forward_tile(q.device, q.dtype, p.G, p.D, p.DV, depth.packed)
+    depth_tile = tuning.forward_depth(q.device, q.dtype, p.G, p.D, p.DV, tile.BLOCK_M, depth.packed)
     return Launch(
         _moda_forward_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H,
         q.strides[:3], k.strides[:3], v.strides[:3], p.scale, p.left, p.right, p.softcap, p.chunk,

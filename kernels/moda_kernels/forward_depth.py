@@ -5,7 +5,7 @@
 
 A program owns BLOCK_M (token, group) rows of one key/value head. ``attend_depth`` is the loop over slots,
 which the fused forward has in it as well; the kernel here starts it from what another kernel left for
-the sequence or, where there is no sequence, from nothing.
+the sequence or, where there is no sequence, from nothing, and pads groups to a power of two.
 """
 
 import torch
@@ -107,23 +107,23 @@ def attend_depth(
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=["T", "L"])
+@triton.jit(do_not_specialize=["T", "L", "stride_lb", "stride_lh", "stride_lt"])
 def _moda_forward_depth_kernel(
     q_ptr, k_depth, v_depth, sequence_ptr, sequence_lse_ptr, out_ptr, lse_ptr,
-    q_strides, sequence_strides, sequence_lse_strides, scale, softcap, B, T, L, H,
+    q_strides, sequence_strides, stride_lb, stride_lh, stride_lt, scale, softcap, B, T, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    BLOCK_G: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // (B * H)
     head = tl.program_id(0) % (B * H)
     b = (head // H).to(tl.int64)
     j = (head % H).to(tl.int64)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_t = rows // G
+    offs_t = rows // BLOCK_G
     t = offs_t.to(tl.int64)
-    row_ok = offs_t < T
-    h = j * G + rows % G
+    row_ok = (offs_t < T) & (rows % BLOCK_G < G)
+    h = j * G + rows % BLOCK_G
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
 
@@ -136,12 +136,12 @@ def _moda_forward_depth_kernel(
     else:
         acc_rows = sequence_ptr + b * sequence_strides[0] + t * sequence_strides[1] + h * sequence_strides[2]
         acc = load_rows(acc_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV).to(tl.float32)
-        lse = sequence_lse_ptr + b * sequence_lse_strides[0] + h * sequence_lse_strides[1] + t * sequence_lse_strides[2]
+        lse = sequence_lse_ptr + b * stride_lb + h * stride_lh + t * stride_lt
         m_i = tl.load(lse, mask=row_ok, other=0.0) * LOG2E
         l_i = tl.full([BLOCK_M], 1.0, tl.float32)
     m_i, l_i, acc = attend_depth(
         q, m_i, l_i, acc, k_depth, v_depth, b, j, tile, T, L, scale, softcap,
-        G, D, DV, BLOCK_L, DEPTH_DOT, DEPTH_STAGES, ALIGNED,
+        BLOCK_G, D, DV, BLOCK_L, DEPTH_DOT, DEPTH_STAGES, ALIGNED,
     )  # fmt: skip
 
     out_rows = out_ptr + ((b * T + t) * (H * G) + h) * DV
@@ -157,13 +157,14 @@ def _moda_forward_depth_kernel(
 def _prepare(
     p: Problem, q: Layout, sequence: Layout | None, sequence_lse: Layout | None, depth: DepthLayout
 ) -> Launch:
-    tile = tuning.forward_depth_tile(q.dtype, p.G, p.D, p.DV)
+    BLOCK_G = triton.next_power_of_2(p.G)
+    tile = tuning.forward_depth_tile(q.dtype, BLOCK_G, p.D, p.DV)
     return Launch(
-        _moda_forward_depth_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H,
-        q.strides[:3], sequence and sequence.strides[:3], sequence_lse and sequence_lse.strides,
+        _moda_forward_depth_kernel, triton.cdiv(p.T * BLOCK_G, tile.BLOCK_M) * p.B * p.H,
+        q.strides[:3], sequence and sequence.strides[:3], *(sequence_lse.strides if sequence_lse else (None,) * 3),
         p.scale, p.softcap, p.B, p.T, p.L, p.H,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
-        ALIGNED=depth.aligned, **tile._asdict(),
+        BLOCK_G=BLOCK_G, ALIGNED=depth.aligned, **tile._asdict(),
     )  # fmt: skip
 
 

@@ -130,18 +130,19 @@ def attention_backward(
                 name, dout, q, k, v, out, lse, p.causal, p.scale
             )
             if p.L:
-                delta = launch_delta(p, dout, out, None)
-                dq = launch_backward_depth(p, q, dout, lse, delta, *depths, dq_sequence=dq)
+                dq, _ = launch_backward_depth(p, q, dout, out, lse, None, *depths, dq_sequence=dq)
             dk, dv = map(_sum, shares, (k_running, v_running), (dk, dv))
             return dq.contiguous(), dk, dv, dk_depth, dv_depth
         if grads is None:
             dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
         if q.numel() == 0:
             return q.new_empty(q.shape), dk.zero_(), dv.zero_(), dk_depth, dv_depth
-        delta = launch_delta(p, dout, out, dlse)
-        dq_depth = launch_backward_depth(p, q, dout, lse, delta, *depths) if p.L else None
-        if p.S == 0 and dq_depth is not None:
-            return dq_depth, dk, dv, dk_depth, dv_depth
+        if p.L:
+            dq_depth, delta = launch_backward_depth(p, q, dout, out, lse, dlse, *depths)
+            if p.S == 0:
+                return dq_depth, dk, dv, dk_depth, dv_depth
+        else:
+            dq_depth, delta = None, launch_delta(p, dout, out, dlse)
         dq = launch_dq(p, q, k, v, dout, lse, delta, dq_depth, bands)
         launch_dkv(p, q, k, v, dout, lse, delta, dk, dv, k_running, v_running, bands)
     return dq, dk, dv, dk_depth, dv_depth

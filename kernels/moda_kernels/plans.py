@@ -6,8 +6,9 @@
 forward goes on from the library's out and lse. Backward hands the library the merged out and lse, so that its
 probabilities are those of the one softmax: exact.
 
-Both passes choose on their own, by how many products the sequence has for each depth key: the library is faster
-at products, fusion saves launches and passes over out and dq.
+Both passes choose on their own, by the arithmetic of the sequence: a library is faster at it, while fusion saves
+launches and passes over out and dq. "auto" splits for cuDNN alone, where that has been measured to be faster
+(moda_kernels.tuning), and not for small gains: cuDNN takes about a tenth of a second to plan for a new shape.
 """
 
 from typing import NamedTuple
@@ -26,12 +27,9 @@ class Plan(NamedTuple):
     reason: str
 
 
-_FEW_PRODUCTS = Plan(None, "too few sequence products for a depth product")
-
-
 def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
     """Raise ValueError if ``plan`` is "split" and this call cannot be."""
-    chosen = _by_choice(plan, p, tuning.SPLIT_FORWARD) or _split(p, q, k, v)
+    chosen = _by_choice(plan, p, tuning.split_forward(p.D, p.DV)) or _split(plan, p, q, k, v)
     if plan == "split" and chosen.library is None:
         raise ValueError(f"plan must be 'auto' or 'fused' for this call, got 'split': {chosen.reason}")
     return chosen
@@ -39,26 +37,26 @@ def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan
 
 def backward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None) -> Plan:
     """Under "split", passes that a library cannot do are fused."""
-    if chosen := _by_choice(plan, p, tuning.SPLIT_BACKWARD):
+    if chosen := _by_choice(plan, p, tuning.split_backward(p.D, p.DV)):
         return chosen
     if dlse is not None:
         return Plan(None, "a library takes no gradient of lse")
     if torch.are_deterministic_algorithms_enabled():
         return Plan(None, "deterministic algorithms are asked for, and a library's backward is not one")
-    if p.L and tuning.backward_depth_tile(p.G, p.D, p.DV).BLOCK_G < p.G:
+    if p.L and tuning.backward_depth_tile(q.dtype, p.G, p.D, p.DV).BLOCK_G < p.G:
         return Plan(None, f"at this head dim a group of {p.G} goes by in parts")
-    return _split(p, q, k, v)
+    return _split(plan, p, q, k, v)
 
 
 def _by_choice(plan: str, p: Problem, most: float) -> Plan | None:
     if plan == "fused":
         return Plan(None, "as asked for")
-    if plan == "auto" and p.products <= most:
-        return _FEW_PRODUCTS
+    if plan == "auto" and p.flops <= most:
+        return Plan(None, "too little arithmetic for a library to gain")
     return None
 
 
-def _split(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
+def _split(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
     if p.varlen:
         return Plan(None, "packed documents are fused")
     if p.softcap is not None:
@@ -70,4 +68,6 @@ def _split(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
     library_name = library.select(q, k, v, p.causal)
     if library_name is None:
         return Plan(None, "no library takes tensors of this dtype, head dim or alignment")
-    return Plan(library_name, "a library covers it")
+    if plan == "auto" and library_name != "cudnn":
+        return Plan(None, f"{library_name} has not been measured to be faster")
+    return Plan(library_name, f"{library_name} covers it")

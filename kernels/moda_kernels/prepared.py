@@ -40,9 +40,10 @@ class Problem(NamedTuple):
         return self.right == 0
 
     @property
-    def products(self) -> float:
-        """Products of the G queries of a token with sequence keys, for each of its depth keys, times two."""
-        return self.G * self.S * (1 if self.causal else 2) / self.L if self.L else float("inf")
+    def flops(self) -> float:
+        """Floating-point operations of the sequence's products in forward."""
+        rows = self.B * self.T * self.H * self.G
+        return 2.0 * rows * self.S * (self.D + self.DV) / (2 if self.causal else 1)
 
 
 class Layout(NamedTuple):

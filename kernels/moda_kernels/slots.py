@@ -41,6 +41,7 @@ class DepthLayout(NamedTuple):
     """What launches that read depth slots are prepared for."""
 
     aligned: bool = False  # ALIGNED of ``slot_rows``
+    packed: bool = True
     tensors: tuple[Hashable, ...] = ()
 
 
@@ -73,4 +74,4 @@ def depth_pointers(*depths: list[Tensor]) -> tuple[list[Any], DepthLayout]:
         write(table[start:], tuple(words[start : start + _WORDS]))
     strides = table[part * len(depths) :]
     pointers = [(table[part * i :], strides) for i in range(len(depths))]
-    return pointers, DepthLayout(misaligned % 16 == 0, (first.dtype,))
+    return pointers, DepthLayout(misaligned % 16 == 0, False, (first.dtype,))

@@ -5,17 +5,23 @@ by what a block keeps in registers and shared memory. The tests compile for Ada 
 have the least shared memory; how fast any GPU but the H100 is has not been measured.
 """
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-# Sequence products for a depth product above which a split plan is faster: not measured yet, hence never.
-SPLIT_FORWARD = math.inf
-SPLIT_BACKWARD = math.inf
 DECODE_SPLITS = 128  # at most: parts of a sequence's keys that a decoding step merges
+
+
+def split_forward(D: int, DV: int) -> float:
+    """Floating-point operations of the sequence, in forward, above which a split forward is faster."""
+    return 1e12 if max(D, DV) <= 64 else 2e11
+
+
+def split_backward(D: int, DV: int) -> float:
+    """The same, again in forward, for a split backward."""
+    return 1e11 if max(D, DV) <= 64 else 5e10
 
 
 class Tile(NamedTuple):
@@ -77,56 +83,81 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> Tile:
+def forward_tile(device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, packed: bool) -> Tile:
     width = max(block_dim(D), block_dim(DV))
     if dtype is torch.float32:
-        return Tile(32 if width <= 128 else 16, 32, 4, 1)
+        return Tile(32, 32, 4, 1) if width <= 128 else Tile(16, 32, 8, 1)
     if width <= 64:
         # 168 registers let three programs share a multiprocessor, 128 four: what a group needs whose
-        # programs have few tokens, and so little depth in flight. At 64 heads both would spill.
-        return Tile(64, 64, 4, 3, maxnreg={16: 128, 32: 128, 64: None}.get(G, 168))
-    return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 2)
+        # programs have few tokens, and so little depth in flight. Elsewhere both would spill.
+        unlimited = G == 64 or (G == 4 and packed)
+        return Tile(64, 64, 4, 3, maxnreg=None if unlimited else 128 if G in (8, 16, 32) else 168)
+    if width <= 128:
+        return Tile(64, 64, 4, 3 if shared_memory(device) >= 163_840 else 2)
+    return Tile(64, 32, 4, 2)
 
 
 def forward_depth(
-    device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, BLOCK_M: int
+    device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, BLOCK_M: int, packed: bool
 ) -> ForwardDepth:
-    """Dots where the group fills them and a block of slots for all tokens fits; else sums."""
+    """Dots where the group fills them and a block of slots for all tokens fits; else sums.
+
+    Loads that follow a table of slots gain less from a deeper pipeline than they lose by its memory.
+    """
     width = block_dim(D) + block_dim(DV)
-    if dtype is not torch.float32 and G >= 8 and BLOCK_M % G == 0:
-        stages = 2 if width <= 128 and G < 16 else 1
+    least = 4 if packed and width <= 128 else 8
+    if dtype is not torch.float32 and G >= least and BLOCK_M % G == 0:
         slots = BLOCK_M // G * 16 * width * dtype.itemsize
-        if 2 * stages * slots <= shared_memory(device):
-            return ForwardDepth(True, 16, stages)
-    return ForwardDepth(False, 2 if width <= 256 else 1, 3 if width <= 128 else 2)
+        for stages in (2, 1) if packed and G <= 8 else (1,):
+            if (stages + 1) * slots <= shared_memory(device):
+                return ForwardDepth(True, 16, stages)
+    if width <= 128:
+        return ForwardDepth(False, 2, 3)
+    if width <= 256 and packed and dtype is not torch.float32:
+        return ForwardDepth(False, 1, 3)
+    return ForwardDepth(False, 2 if width <= 256 else 1, 2)
 
 
-def forward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> ForwardDepthTile:
-    """Few tokens to a program, and many programs: what hides the latency of loads."""
+def forward_depth_tile(dtype: torch.dtype, BLOCK_G: int, D: int, DV: int) -> ForwardDepthTile:
+    """As small as programs get, a token by a warp, and many of them: what hides the latency of loads."""
+    if dtype is torch.float32:
+        return ForwardDepthTile(16, 2, False, 4, 2)
     width = max(block_dim(D), block_dim(DV))
-    power = triton.next_power_of_2(G) == G
-    if dtype is not torch.float32 and G >= 4 and power and G * width <= 4096:
-        return ForwardDepthTile(4 * G, 2, True, 16, 2)
-    return ForwardDepthTile(32 if G <= 2 else 16, 2, False, 4 if width <= 64 else 2, 2)
+    return ForwardDepthTile(BLOCK_G, 1 if BLOCK_G * width <= 4096 else BLOCK_G * width // 2048, True, 16, 2)
 
 
-def backward_depth_tile(G: int, D: int, DV: int) -> DepthTile:
-    """A dot contracts over at least 16 heads: smaller groups are padded, and larger ones go by in
-    parts where q, dout and dq of all heads would not fit in registers.
+def backward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> DepthTile:
+    """A token by a warp; by four where one has not the registers for it.
+
+    A dot contracts over at least 16 heads: smaller groups are padded, and larger ones go by in parts where q,
+    dout and dq of all heads would not fit in registers.
     """
     width = max(block_dim(D), block_dim(DV))
     BLOCK_G = max(16, min(triton.next_power_of_2(G), 4096 // width))
-    BLOCK_T = max(1, 2048 // (width * BLOCK_G))
-    return DepthTile(BLOCK_T, BLOCK_G, 16, 2 if BLOCK_T * BLOCK_G * width <= 2048 else 4, 1)
+    if dtype is torch.float32 or width > 128:
+        return DepthTile(1, BLOCK_G, 16, 4, 1)
+    return DepthTile(1, BLOCK_G, 16, 1, 2)
 
 
-def backward_dq_tile(dtype: torch.dtype, D: int, DV: int) -> Tile:
+def backward_dq_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int) -> Tile:
     width = max(block_dim(D), block_dim(DV))
     if dtype is torch.float32:
         return Tile(32, 32, 4, 1) if width <= 128 else Tile(16, 16, 4, 1)
     if width <= 64:
         return Tile(64, 64, 4, 3)
-    return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 1)
+    if width <= 128:
+        return Tile(128, 64, 8, 3) if shared_memory(device) >= 163_840 else Tile(64, 64, 4, 2)
+    return Tile(64, 32, 4, 1)
+
+
+def backward_dkv_parts(device: torch.device, programs: int, rows: int) -> int:
+    """How many programs share the rows for the same keys: two for each multiprocessor are enough, and 512 rows
+    worth one.
+    """
+    parts = 1
+    while programs * parts < 2 * multiprocessors(device) and rows >= 1024 * parts:
+        parts *= 2
+    return parts
 
 
 def backward_dkv_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int) -> Tile:
@@ -155,7 +186,7 @@ def decode_depth(
     device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, BLOCK_M: int
 ) -> ForwardDepth:
     """The forward's walk over slots; sums take more slots at a time where there are fewer rows."""
-    depth = forward_depth(device, dtype, G, D, DV, BLOCK_M)
+    depth = forward_depth(device, dtype, G, D, DV, BLOCK_M, packed=False)
     slots = max(1, 8192 // (BLOCK_M * max(block_dim(D), block_dim(DV))))
     return depth if depth.DEPTH_DOT else depth._replace(BLOCK_L=min(8, slots))
 

@@ -56,6 +56,7 @@ SWEEPS: dict[str, list[Case]] = {
         for G in (1, 2, 4)
         for L in (8, 24, 48, 96)
     ],
+    "depth": [Case(1, 4096, G, 8, 64, D) for D in (64, 128) for G in (1, 2, 8, 32)],
     "full": [Case(1, 4096, G, 8, 64, D, causal=False) for G in (1, 2, 8) for D in (64, 128)],
     "tiny": [Case(2, 64, 2, 2, L, 16) for L in (4, 16)],
 }

@@ -119,8 +119,8 @@ def _captured(call: Call) -> Call:
 
 def copy_rate(device: torch.device, seconds: float) -> float:
     """Bytes per millisecond, read and written, of a large copy on the device."""
-    size = 2**30 if device.type == "cuda" else 2**24
-    a, b = torch.zeros(2, size, dtype=torch.int8, device=device).unbind()
+    size = 2**28 if device.type == "cuda" else 2**24
+    a, b = torch.randint(127, (2, size), dtype=torch.int8, device=device).unbind()
     return 2 * size / median_ms([lambda: b.copy_(a)], device, seconds)
 
 

@@ -7,6 +7,7 @@ import torch
 
 import moda_kernels
 from helpers import FORMS, Inputs, assert_matches_reference, make_inputs
+from moda_kernels import tuning
 
 COMPILED = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -147,3 +148,46 @@ def test_empty_batch_and_sequence(B, T, device):
         not g.any() and g.shape == x.shape
         for g, x in zip(grads.leaves(), inputs.leaves(), strict=True)
     )
+
+
+@pytest.fixture(params=[2, 3])
+def parts(request, monkeypatch):
+    monkeypatch.setattr(tuning, "backward_dkv_parts", lambda *sizes: request.param)
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("causal", "window"), [(True, None), (False, None), (True, 30), (False, (50, 9))]
+)
+@pytest.mark.parametrize(("T", "S"), [(1, 5), (90, 140), (140, 90)])
+def test_programs_share_the_rows_of_keys(T, S, causal, window, dtype, device):
+    inputs = make_inputs(2, T, 3, 1, 24, 2, S=S, DV=40, dtype=dtype, device=device)
+    check(inputs, causal=causal, window=window)
+
+
+@pytest.mark.usefixtures("parts")
+def test_shares_add_up_on_the_running_gradient(device):
+    inputs = make_inputs(1, 20, 4, 1, 16, 0, device=device)
+    options = 0.25, None, 0, None
+    out, lse = moda_kernels.attention(*inputs, *options)
+    saved = out, None, *inputs, out, lse, *options, "fused"
+    _, dk, dv, *_ = moda_kernels.attention_backward(*saved)
+    running = torch.randn_like(dk), torch.randn_like(dv), [], []
+    grads = torch.empty_like(dk), torch.empty_like(dv), [], []
+    moda_kernels.attention_backward(*saved, grads, running[:2])
+    torch.testing.assert_close(grads[:2], (dk + running[0], dv + running[1]), rtol=0, atol=0)
+
+
+def test_programs_share_rows_where_they_are_few(monkeypatch):
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 132)
+    measured = {(64, 65536): 8, (128, 8192): 4, (256, 16384): 2, (512, 32768): 1, (64, 2048): 4}
+    parts = [tuning.backward_dkv_parts(torch.device("cpu"), *sizes) for sizes in measured]
+    assert parts == list(measured.values())
+    assert tuning.backward_dkv_parts(torch.device("cpu"), 1, 512) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("G", [1, 2, 3, 8, 80])
+def test_depth_alone(G, dtype, device):
+    check(make_inputs(2, 3, G, 1, 64, 20, S=0, dtype=dtype, device=device, form="packed"))

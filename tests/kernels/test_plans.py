@@ -6,7 +6,7 @@ from test_attention_kernels import COMPILED, DTYPES
 
 import moda_kernels
 from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs
-from moda_kernels import tuning
+from moda_kernels import library
 from moda_kernels.operators import problem
 from moda_kernels.plans import backward_plan, forward_plan
 from moda_kernels.prepared import Problem
@@ -25,12 +25,6 @@ SHAPES = [  # B, T, S, G, H, D, L
 ]
 if COMPILED:
     SHAPES += [(2, 1000, 1000, 4, 2, 128, 72), (1, 777, 777, 64, 1, 64, 17)]
-
-
-@pytest.fixture(autouse=True)
-def thresholds(monkeypatch):
-    monkeypatch.setattr(tuning, "SPLIT_FORWARD", 1000)
-    monkeypatch.setattr(tuning, "SPLIT_BACKWARD", 200)
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +90,8 @@ def test_split_adds_the_running_gradient(newest, grad_dtype, device, monkeypatch
 
 
 def causal_problem(**changes):
-    """A sequence that outweighs depth by far: G S / L is 8 * 4096."""
-    sizes = dict(B=1, T=4096, S=4096, L=1, H=1, G=8, D=64, DV=64)
+    """A sequence with more arithmetic than any threshold."""
+    sizes = dict(B=1, T=16384, S=16384, L=1, H=8, G=8, D=64, DV=64)
     options = dict(scale=1.0, left=None, right=0, softcap=None)
     return Problem(**(sizes | options | changes))
 
@@ -109,21 +103,38 @@ def tensors(device, dtype=torch.float16, offset=0):
     return q, k, k
 
 
-def test_auto_weighs_the_sequence_against_depth(device):
+@pytest.fixture
+def cudnn(monkeypatch):
+    monkeypatch.setattr(library, "select", lambda *tensors: "cudnn")
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_auto_weighs_the_arithmetic_of_the_sequence(device):
+    """The rows of docs/performance.md."""
     q_k_v = tensors(device)
-    for products, splits in (
-        (1001, (True, True)),
-        (1000, (False, True)),
-        (201, (False, True)),
-        (200, (False, False)),
+    for sizes, splits in (
+        (dict(), (True, True)),
+        (dict(G=2), (False, True)),
+        (dict(T=4096, S=4096), (False, True)),
+        (dict(T=4096, S=4096, G=2), (False, False)),
+        (dict(T=4096, S=4096, D=128, DV=128), (True, True)),
+        (dict(T=2048, S=2048, D=128, DV=128), (False, True)),
+        (dict(T=2048, S=2048, G=4, D=128, DV=128), (False, False)),
     ):
-        p = causal_problem(G=1, S=products, T=products)
-        assert p.products == products
+        p = causal_problem(**sizes)
         got = forward_plan("auto", p, *q_k_v), backward_plan("auto", p, *q_k_v, None)
-        assert tuple(plan.library is not None for plan in got) == splits
-    assert causal_problem().products == 8 * 4096
-    assert causal_problem(right=None).products == 2 * 8 * 4096
-    assert causal_problem(L=0).products == float("inf")
+        assert tuple(plan.library is not None for plan in got) == splits, sizes
+        assert p.flops == 2 * 64 // (8 // p.G) * p.T**2 * p.D
+    assert causal_problem(right=None).flops == 2 * causal_problem().flops
+
+
+def test_auto_splits_for_cudnn_alone(device, monkeypatch):
+    p, q_k_v = causal_problem(), tensors(device)
+    monkeypatch.setattr(library, "select", lambda *tensors: "flash")
+    reason = "flash has not been measured to be faster"
+    assert forward_plan("auto", p, *q_k_v) == (None, reason)
+    assert backward_plan("auto", p, *q_k_v, None) == (None, reason)
+    assert forward_plan("split", p, *q_k_v) == ("flash", "flash covers it")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +143,7 @@ def test_auto_weighs_the_sequence_against_depth(device):
         (dict(softcap=5.0), "a library has no softcap"),
         (dict(left=7), "a library has no window"),
         (dict(right=7), "a library has no window"),
-        (dict(T=4), "a library's causal mask needs T = S, got T = 4 and S = 4096"),
+        (dict(T=8192), "a library's causal mask needs T = S, got T = 8192 and S = 16384"),
     ],
 )
 def test_what_no_library_covers_is_fused(changes, reason, device):
