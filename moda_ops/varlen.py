@@ -159,6 +159,8 @@ def moda_attention_varlen(
     v_depth: Depth | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
     *,
     causal: bool = ...,
     scale: float | None = ...,
@@ -178,6 +180,8 @@ def moda_attention_varlen(
     v_depth: Depth | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
     *,
     causal: bool = ...,
     scale: float | None = ...,
@@ -196,6 +200,8 @@ def moda_attention_varlen(
     v_depth: Depth | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     *,
     causal: bool = True,
     scale: float | None = None,
@@ -222,6 +228,9 @@ def moda_attention_varlen(
         cu_seqlens_q: (documents + 1,), int32, on q's device, never falling, from 0. The values are
             not checked, for that would wait for the device.
         cu_seqlens_k: the same for keys.
+        max_seqlen_q: no document has more queries. Stands where FlashAttention's
+            ``flash_attn_varlen_func`` has it; may be left out, since no launch here is sized by it.
+        max_seqlen_k: the same for keys.
         causal, scale, window, softcap, plan, return_lse: as in :func:`moda_attention`, within each
             document; its last query sits at its last key.
 
@@ -247,6 +256,8 @@ def moda_attention_varlen(
     check_option("softcap", softcap)
     check_bool("return_lse", return_lse)
     check_plan(plan)
+    _check_length("max_seqlen_q", max_seqlen_q)
+    _check_length("max_seqlen_k", max_seqlen_k)
     left, right = window_sides(window)
     out, lse = torch.ops.moda.attention_varlen(
         q,
@@ -263,3 +274,12 @@ def moda_attention_varlen(
         plan=plan,
     )
     return (out, lse) if return_lse else out
+
+
+def _check_length(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int or None, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")

@@ -8,6 +8,7 @@ import torch
 from test_attention_kernels import DTYPES, run_kernels
 
 from helpers import Inputs, assert_matches_reference, make_inputs
+from moda_kernels import tuning
 from moda_kernels.bands import launch_bands
 
 LENGTHS = [  # of queries and keys of each document
@@ -72,7 +73,11 @@ def document(inputs, t, s):
 @pytest.mark.parametrize(
     ("G", "D", "L", "form"), [(2, 16, 3, "list"), (3, 24, 0, "list"), (8, 64, 5, "packed")]
 )
-def test_each_document_matches_the_reference(G, D, L, form, queries, keys, options, dtype, device):
+@pytest.mark.parametrize("parts", [1, 3])
+def test_each_document_matches_the_reference(
+    G, D, L, form, queries, keys, options, parts, dtype, device, monkeypatch
+):
+    monkeypatch.setattr(tuning, "backward_dkv_parts", lambda *sizes: parts)
     keys = keys or queries
     inputs = make_inputs(
         1, sum(queries), G, 1, D, L, S=sum(keys), dtype=dtype, device=device, form=form
