@@ -75,15 +75,16 @@ def test_a_wrong_row_fails_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     wrong = Contender("wrong", True, True, bent(lambda out: out * 1.001))
     failing = Contender("failing", True, True, refuse)
+    peer = failing._replace(peer=True)
     settings = dict(dtype=torch.float32, device=CPU, seconds=0.001, sweeps=["tiny"])
-    for entrants, right in (([failing], True), ([failing, wrong], False)):
+    for entrants, right in (([peer], True), ([failing], False), ([peer, wrong], False)):
         monkeypatch.setattr(report, "contenders", lambda device, e=entrants: [*e, *contenders(CPU)])
         lines: list[str] = []
         names = [c.name for c in report.contenders(CPU)]
         assert report.run(tmp_path, names=names, echo=lines.append, **settings) == right
         assert "failed: RuntimeError: no such kernel" in "\n".join(lines)
         assert "and more" not in "\n".join(lines)
-        assert ("wrong: error 1.0e-03" in "\n".join(lines)) == (not right)
+        assert ("wrong: error 1.0e-03" in "\n".join(lines)) == (wrong in entrants)
 
 
 def test_inputs_take_turns() -> None:

@@ -97,12 +97,13 @@ class Passes(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """``sequence`` and ``depth`` say over which keys it attends."""
+    """``sequence`` and ``depth`` say over which keys it attends. A ``peer`` may fail to run."""
 
     name: str
     sequence: bool
     depth: bool
     prepare: Callable[[Inputs, Case], Passes]
+    peer: bool = False
 
 
 def moda(plan: Plan = "auto", *, as_list: bool = False, sequence: bool = True) -> Any:
@@ -214,16 +215,16 @@ def contenders(device: torch.device) -> list[Contender]:
     ]
     alone = Contender("moda, depth alone", False, True, moda(sequence=False))
     if device.type == "cpu":
-        return [*ours, alone, Contender("SDPA", True, False, library("cpu"))]
-    peers = [Contender("FlexAttention", True, True, flex)]
+        return [*ours, alone, Contender("SDPA", True, False, library("cpu"), peer=True)]
+    peers = [Contender("FlexAttention", True, True, flex, peer=True)]
     if find_spec("fla") and find_spec("fla.ops.moda"):
-        peers.append(Contender("authors", True, True, authors))
+        peers.append(Contender("authors", True, True, authors, peer=True))
     return [
         *ours,
         Contender("moda, fused", True, True, moda("fused")),
         Contender("moda, split", True, True, moda("split")),
         alone,
-        Contender("cuDNN", True, False, library("cudnn")),
-        Contender("FlashAttention", True, False, library("flash")),
+        Contender("cuDNN", True, False, library("cudnn"), peer=True),
+        Contender("FlashAttention", True, False, library("flash"), peer=True),
         *peers,
     ]

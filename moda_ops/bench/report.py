@@ -47,7 +47,11 @@ def run(
     seconds: float,
     echo: Callable[[str], None],
 ) -> bool:
-    """Measure, print a table per case, write bench.json and plots; True unless a row is wrong."""
+    """Measure, print a table per case, write bench.json and plots.
+
+    Returns:
+        Whether no row is wrong, and none failed but of a peer.
+    """
     from tabulate import tabulate
     from tqdm import tqdm
 
@@ -75,8 +79,16 @@ def run(
                 echo(tabulate(cells, HEADINGS, "simple", disable_numparse=True))
     for path in (output / "bench.json", *plot(record, sweeps, output)):
         echo(f"wrote {path}")
-    statuses = (row.get("status", "") for case in record["cases"] for row in case["rows"])
-    return not any(status.startswith("wrong") for status in statuses)
+    peers = {c.name for c in entrants if c.peer}
+    statuses = [
+        (row["contender"] in peers, row.get("status", ""))
+        for case in record["cases"]
+        for row in case["rows"]
+    ]
+    return not any(
+        status.startswith("wrong") or (status.startswith("failed") and not peer)
+        for peer, status in statuses
+    )
 
 
 def limits(rows: list[Row], entrants: list[Contender], M: float) -> Limits:
