@@ -1,0 +1,179 @@
+"""Packed documents, windows and decoding, each beside what it should cost.
+
+    python tests/benchmarks/family.py [--json FILE] [--only varlen window decode]
+
+varlen   documents of equal lengths beside the same as a batch of the dense operator: time per token
+         as a ratio. A skewed mix of lengths beside the sum of its documents' own times.
+window   forward and backward by the window's width, beside no window.
+decode   one new token per sequence, beside the time to read the cache once at the rate of a large
+         copy.
+
+Every row is compared with float64 (of the last rows and keys where that is large) before it is
+timed. Times are medians in milliseconds, on a GPU of CUDA graphs, of inputs that together exceed its
+L2 cache. On a CPU the sizes are tiny and the times mean nothing.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from moda_ops import eager, moda_attention, moda_attention_varlen, moda_decode  # noqa: E402
+from moda_ops.bench.measure import copy_rate, median_ms  # noqa: E402
+from moda_ops.bench.report import machine  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16
+D, H, G, L = (64, 8, 2, 47) if CUDA else (16, 2, 2, 3)
+CHECKED = 32  # tokens at the end of each sequence that are compared with float64
+WORST = 2e-2  # error in norm; bfloat16's own is 2e-3 to 4e-3
+SECONDS = 0.1 if CUDA else 0.001
+Row = dict[str, Any]
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
+
+
+def inputs(tokens: int, *batch: int) -> list[Tensor]:
+    """q, k, v and packed depth, that require gradients."""
+    shapes = (G * H, D), (H, D), (H, D), (L, H, D), (L, H, D)
+    return [randn(*batch, tokens, *shape).requires_grad_() for shape in shapes]
+
+
+def check(out: Tensor, x: list[Tensor], left: int | None = None) -> float:
+    """Error of the last tokens of one causal sequence, all (1, T, ..), against float64."""
+    last = slice(-min(CHECKED, out.shape[1]), None)
+    q, k, v, k_depth, v_depth = (y.detach().double() for y in x)
+    depth = [k_depth[:, last]], [v_depth[:, last]]
+    exact, _ = eager.attention(q[:, last], k, v, *depth, D**-0.5, left, 0, None)
+    error = ((out.detach().double()[:, last] - exact).norm() / exact.norm()).item()
+    if not error < WORST:
+        raise AssertionError(f"error {error:.1e}")
+    return error
+
+
+def passes(forward: Callable[[], Tensor], x: list[Tensor]) -> tuple[float, float]:
+    """Milliseconds of forward and of backward."""
+    out = forward()
+    dout = torch.randn_like(out)
+    backward = partial(torch.autograd.grad, out, x, dout, retain_graph=True)
+    with torch.no_grad():
+        ahead = median_ms([forward], DEVICE, SECONDS)
+    return ahead, median_ms([backward], DEVICE, SECONDS)
+
+
+def starts(lengths: list[int]) -> Tensor:
+    cu_seqlens = [0, *itertools.accumulate(lengths)]
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
+
+
+def packed(lengths: list[int]) -> tuple[float, float, float]:
+    """Milliseconds of both passes over documents of these lengths, and the largest error."""
+    x, cu_seqlens = inputs(sum(lengths)), starts(lengths)
+    forward = partial(moda_attention_varlen, *x, cu_seqlens, cu_seqlens)
+    out, errors = forward(), []
+    for begin, end in itertools.pairwise(cu_seqlens.tolist()):
+        errors.append(check(out[None, begin:end], [y[None, begin:end] for y in x]))
+    return *passes(forward, x), max(errors)
+
+
+def dense(batch: int, tokens: int, window: int | None = None) -> tuple[float, float, float]:
+    x = inputs(tokens, batch)
+    forward = partial(moda_attention, *x, window=window, plan="fused")
+    error = check(forward()[:1], [y[:1] for y in x], window)
+    return *passes(forward, x), error
+
+
+def varlen() -> list[Row]:
+    rows = []
+    for batch, tokens in ((8, 2048), (32, 512), (4, 8192)) if CUDA else ((2, 16),):
+        ahead, back, error = packed([tokens] * batch)
+        ahead_dense, back_dense, _ = dense(batch, tokens)
+        row = dict(documents=f"{batch} x {tokens}", forward=ahead, backward=back, error=error)
+        ratios = dict(forward_ratio=ahead / ahead_dense, backward_ratio=back / back_dense)
+        rows.append(row | ratios)
+    skewed = [8192, *[2048] * 2, *[512] * 4, *[64] * 32] if CUDA else [12, 3, 1]
+    ahead, back, error = packed(skewed)
+    alone = {length: dense(1, length) for length in set(skewed)}
+    parts = [sum(alone[length][i] for length in skewed) for i in (0, 1)]
+    row = dict(documents="skewed, beside each alone", forward=ahead, backward=back, error=error)
+    return [*rows, row | dict(forward_ratio=ahead / parts[0], backward_ratio=back / parts[1])]
+
+
+def window() -> list[Row]:
+    tokens, widths = (16384, (128, 512, 2048, 8192, None)) if CUDA else (64, (4, 16, None))
+    rows = []
+    for width in widths:
+        ahead, back, error = dense(1, tokens, width)
+        rows.append(dict(tokens=tokens, window=width, forward=ahead, backward=back, error=error))
+    return rows
+
+
+def decoding(batch: int, length: int, *, paged: bool) -> tuple[Callable[[], Any], int, float]:
+    """A step that makes contexts ``length`` long, the bytes that it must read, and its error."""
+    x, k_new, v_new = inputs(1, batch), randn(batch, 1, H, D), randn(batch, 1, H, D)
+    caches = [randn(batch, length, H, D) for _ in range(2)]
+    seqlens = torch.full((batch,), length - 1, dtype=torch.int32, device=DEVICE)
+    options: dict[str, Any] = dict(k_new=k_new, v_new=v_new)
+    given = caches
+    if paged:
+        given = [y.view(-1, 64 if CUDA else 4, H, D) for y in caches]
+        pages = torch.arange(len(given[0]), dtype=torch.int32, device=DEVICE)
+        options["block_table"] = pages.view(batch, -1)
+    q, depth = x[0].detach(), [y.detach() for y in x[3:]]
+    step = partial(moda_decode, q, *given, *depth, seqlens, **options)
+    error = check(step()[:1], [q[:1], *(y[:1] for y in caches), *(y[:1] for y in depth)])
+    return step, sum(y.nbytes for y in (*caches, *depth)), error
+
+
+def decode() -> list[Row]:
+    rate = copy_rate(DEVICE, SECONDS)
+    lengths = (4096, 16384, 65536, 131072) if CUDA else (8, 32)
+    rows = []
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size if CUDA else 0
+    for batch, length, paged in itertools.product((1, 64) if CUDA else (1, 2), lengths, (0, 1)):
+        if batch * length > 2**21:
+            continue
+        steps = [decoding(batch, length, paged=bool(paged))]
+        while len(steps) * steps[0][1] <= 2 * cache:
+            steps.append(decoding(batch, length, paged=bool(paged)))
+        ms, floor = median_ms([step for step, *_ in steps], DEVICE, SECONDS), steps[0][1] / rate
+        row = dict(batch=batch, context=length, paged=bool(paged), ms=ms, read_ms=floor)
+        rows.append(row | dict(ratio=ms / floor, error=steps[0][2]))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    sections = dict(varlen=varlen, window=window, decode=decode)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--only", nargs="+", choices=list(sections), default=list(sections))
+    arguments = parser.parse_args()
+    record: Row = machine(DEVICE) | dict(sizes=dict(D=D, H=H, G=G, L=L), dtype="bfloat16")
+    print(", ".join(f"{name} {value}" for name, value in record.items()))
+    for name in arguments.only:
+        record[name] = sections[name]()
+        print(f"\n{name}")
+        for row in record[name]:
+            cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print("  " + ", ".join(cells), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
