@@ -9,8 +9,8 @@ decode   one new token per sequence, beside the time to read the cache once at t
          copy.
 
 Every row is compared with float64 (of the last rows and keys where that is large) before it is
-timed. Times are medians in milliseconds, on a GPU of CUDA graphs, of inputs that together exceed its
-L2 cache. On a CPU the sizes are tiny and the times mean nothing.
+timed. Times are medians in milliseconds, on a GPU of CUDA graphs, of inputs that exceed its L2
+cache. On a CPU the sizes are tiny and the times mean nothing.
 """
 
 import argparse
