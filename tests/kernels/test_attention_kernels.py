@@ -175,7 +175,7 @@ def test_shares_add_up_on_the_running_gradient(device):
     _, dk, dv, *_ = moda_kernels.attention_backward(*saved)
     running = torch.randn_like(dk), torch.randn_like(dv), [], []
     grads = torch.empty_like(dk), torch.empty_like(dv), [], []
-    moda_kernels.attention_backward(*saved, grads, running[:2])
+    moda_kernels.attention_backward(*saved, grads=grads, running=running[:2])
     torch.testing.assert_close(grads[:2], (dk + running[0], dv + running[1]), rtol=0, atol=0)
 
 
