@@ -160,9 +160,9 @@ def parts(request, monkeypatch):
 @pytest.mark.parametrize(
     ("causal", "window"), [(True, None), (False, None), (True, 30), (False, (50, 9))]
 )
-@pytest.mark.parametrize(("T", "S"), [(1, 5), (90, 140), (140, 90)])
+@pytest.mark.parametrize(("T", "S"), [(1, 5), (70, 100)])
 def test_programs_share_the_rows_of_keys(T, S, causal, window, dtype, device):
-    inputs = make_inputs(2, T, 3, 1, 24, 2, S=S, DV=40, dtype=dtype, device=device)
+    inputs = make_inputs(1, T, 3, 1, 24, 2, S=S, DV=40, dtype=dtype, device=device)
     check(inputs, causal=causal, window=window)
 
 

@@ -71,9 +71,9 @@ def document(inputs, t, s):
 @pytest.mark.parametrize("options", [{}, dict(causal=False), dict(window=(3, 1), softcap=2.0)])
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS)
 @pytest.mark.parametrize(
-    ("G", "D", "L", "form"), [(2, 16, 3, "list"), (3, 24, 0, "list"), (8, 64, 5, "packed")]
+    ("G", "D", "L", "form", "parts"),
+    [(2, 16, 3, "list", 1), (3, 24, 0, "list", 3), (8, 64, 5, "packed", 2)],
 )
-@pytest.mark.parametrize("parts", [1, 3])
 def test_each_document_matches_the_reference(
     G, D, L, form, queries, keys, options, parts, dtype, device, monkeypatch
 ):
