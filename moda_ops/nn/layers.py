@@ -122,17 +122,26 @@ class MoDAAttention(nn.Module):
         return q, k, self.v_proj(x).unflatten(-1, heads)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, stream: Stream, *, write: bool = True
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        stream: Stream,
+        *,
+        write: bool = True,
+        read: bool = True,
     ) -> tuple[Tensor, Stream]:
         """Output (B, T, C) for x (B, T, C), and the stream.
 
-        With ``write`` the layer's own key and value are its next slot.
+        With ``write`` the layer's own key and value are its next slot. Without ``read`` (nor
+        ``write``) it is plain causal attention.
         """
         q, k, v = self.project(x, rotary)
         if write:
             out, stream = stream.write(k, v).attend(q)
-        else:
+        elif read:
             out, stream = stream.attend(q, k, v)
+        else:
+            out, stream = stream.attend_sequence(q, k, v)
         return self.out_proj(out.flatten(2)), stream
 
 
@@ -219,5 +228,5 @@ class DepthAttention(nn.Module):
         """The next layer's input (B, T, C), for a layer's output x (B, T, C), and the stream."""
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rotary)
         k, v = self.write(x, rotary)
-        out, stream = stream.write(k, v).attend(q, k[:, :0], v[:, :0], causal=False)
+        out, stream = stream.write(k, v).attend_depth(q)
         return out.flatten(2), stream

@@ -41,7 +41,8 @@ class MoDABlock(nn.Module):
     def __init__(self, config: MoDAConfig, *, last: bool) -> None:
         super().__init__()
         self.pre_norm = config.norm == "pre"
-        self.writes = config.depth != "residual" and (config.write_last or not last)
+        self.continues = config.write_last or not last  # somebody takes the stream
+        self.writes = self.continues and config.depth != "residual"
         projects = config.depth.split("+") if self.writes else []
         self.attention = MoDAAttention(config)
         self.attention_norm = RMSNorm(config.width)
@@ -56,7 +57,7 @@ class MoDABlock(nn.Module):
         write_keys = self.writes and self.attention_write is None
         y, read = self.attention(h, rotary, stream, write=write_keys)
         # Of a stream that nobody continues, a compiled block would get zeros as gradient.
-        stream = read if self.writes else stream
+        stream = read if self.continues else stream
         x = x + y if self.pre_norm else self.attention_norm(x + y)
         if self.attention_write is not None:
             stream = stream.write(*self.attention_write(h, rotary))
@@ -101,7 +102,7 @@ class DepthAttentionBlock(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, stream: Stream) -> tuple[Tensor, Stream]:
         """The next block's input (B, T, C) for x (B, T, C), and the stream with two more slots."""
         h = self.attention_norm(x) if self.pre_norm else x
-        y, _ = self.attention(h, rotary, DepthSlots(), write=False)
+        y, stream = self.attention(h, rotary, stream, write=False, read=False)
         y = y if self.pre_norm else self.attention_norm(y)
         x, stream = self.attention_depth(y, rotary, stream)
 
