@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moda_ops.nn.cache import CachedStream
 from moda_ops.nn.config import MoDAConfig
 from moda_ops.nn.layers import (
     DepthAttention,
@@ -238,11 +239,21 @@ class MoDALanguageModel(nn.Module):
         """
         if stream is None:
             stream = self.stream(*tokens.shape)
-        x, rotary = self.embedding(tokens), self.rotary(tokens.shape[1])
+        return self.logits(self.hidden(tokens, self.rotary(tokens.shape[1]), stream))
+
+    def hidden(
+        self, tokens: Tensor, rotary: Rotary, stream: DepthSlots | DepthStream | CachedStream
+    ) -> Tensor:
+        """What the output layer takes, (B, T, C), for tokens (B, T) with these angles."""
+        x = self.embedding(tokens)
         if self.embedding_norm is not None and self.embedding_write is not None:
             k, v = self.embedding_write(self.embedding_norm(x), rotary)
             x = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2)
             stream = stream.write(k, v)
         for block in self.blocks:
             x, stream = block(x, rotary, stream)
-        return F.linear(self.norm(x), self.embedding.weight)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output layer: logits (..., vocab_size) of hidden (..., C)."""
+        return F.linear(hidden, self.embedding.weight)
