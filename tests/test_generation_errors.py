@@ -1,13 +1,25 @@
 """What ``generate`` refuses, and how it says so: the argument, what was given, what is allowed."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from moda_ops.nn import generate
-from test_generation import make_model
+from moda_ops.nn import KVCache, generate
+from test_generation import CONFIG, make_model
+
+
+def make_cache(
+    layers: int = 3,
+    batch: int = 1,
+    capacity: int = 2,
+    dtype: Any = torch.float64,
+    device: str = "cpu",
+) -> KVCache:
+    config = replace(CONFIG, layers=layers)
+    return KVCache.allocate(config, batch, capacity, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +59,12 @@ from test_generation import make_model
         (dict(stop_tokens=5), TypeError, "stop_tokens must be a sequence of ints, got 5"),
         (dict(stop_tokens=["x"]), TypeError, "stop_tokens must be a sequence of ints, got ['x']"),
         (dict(stop_tokens=[61]), ValueError, "stop_tokens must be in 0 .. 60, the vocabulary, got 61"),
+        (dict(cache=0), TypeError, "cache must be None or a KVCache, got int"),
+        (dict(cache=make_cache(layers=2)), ValueError, "cache must have the model's 3 layers, got 2"),
+        (dict(cache=make_cache(batch=2)), ValueError, "cache must have tensors (B, capacity, H, D) = (1, 2 or more, 2, 6), got (2, 2, 2, 6)"),
+        (dict(cache=make_cache(capacity=1)), ValueError, "cache must have tensors (B, capacity, H, D) = (1, 2 or more, 2, 6), got (1, 1, 2, 6)"),
+        (dict(cache=make_cache(dtype=torch.float32)), TypeError, "cache must have dtype torch.float64, as the model's keys, got torch.float32"),
+        (dict(cache=make_cache(device="meta")), ValueError, "cache must be on the model's device cpu, got meta"),
         (dict(compile=1), TypeError, "compile must be a bool, got 1"),
         (dict(progress="yes"), TypeError, "progress must be a bool, got 'yes'"),
     ],

@@ -67,10 +67,11 @@ class KVCache(NamedTuple):
 
 
 class CachedStream(NamedTuple):
-    """The stream of tokens that pass the layers of a model that serves: see :class:`DepthSlots`.
+    """The stream of tokens that pass the layers of a model that serves.
 
-    Depth slots are those of the tokens at hand and go when the stream goes. An attention layer's
-    keys and values join its part of the cache, which is then the sequence. There is no gradient.
+    To the layers it is what :class:`moda_ops.DepthSlots` is. Depth slots are those of the tokens at
+    hand and go when the stream goes. An attention layer's keys and values join its part of the
+    cache, which is then the sequence. There is no gradient.
 
     Attributes:
         cache: of all layers; its ``lengths`` are not changed.

@@ -36,6 +36,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int = 512,
     compile: bool = False,
+    cache: KVCache | None = None,
     progress: bool | None = None,
 ) -> list[Tensor]:
     """Continue prompts, which may have different lengths, in one batch.
@@ -59,14 +60,17 @@ def generate(
         stop_tokens: token ids after which a text ends.
         prefill_chunk: tokens of the prompts that pass the layers at a time; bounds memory.
         compile: compile the decoding step as one graph, ``mode="reduce-overhead"``: on a GPU it is
-            replayed as a CUDA graph. Worth it for many tokens; later calls with the same sizes
-            only capture anew. Leave the logits of other such graphs before calling.
+            replayed as a CUDA graph. Later calls compile nothing, but capture a graph for every
+            new cache, which PyTorch keeps, and up to a limit: give them the same ``cache``.
+        cache: use this one, which must fit: B texts, room for the longest prompt and
+            max_new_tokens - 1 more. What it holds is lost. Default: one of that size, for this
+            call.
         progress: show a bar of the tokens so far on standard error. None shows it on a terminal,
             in runs of more than two seconds. There is none without tqdm.
 
     Returns:
-        For each prompt its new tokens, (n,) int64 on the model's device, 1 <= n <= max_new_tokens:
-        all up to the first stop token, which is included.
+        The new tokens of each prompt, (n,) int64 on the model's device, 1 <= n <= max_new_tokens.
+        They end with the first stop token, if there is one.
 
     Raises:
         TypeError: an argument is of the wrong type; the text names it.
@@ -102,6 +106,8 @@ def generate(
     check_bool("compile", compile)
     if progress is not None:
         check_bool("progress", progress)
+    longest = max(map(len, rows))
+    cache = _fitting_cache(cache, model, len(rows), longest + max_new_tokens - 1)
 
     generator = torch.Generator(device)
     if seed is None:
@@ -110,16 +116,19 @@ def generate(
         generator.manual_seed(seed)
     tokens = pad_sequence(rows, batch_first=True).to(device)
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32).to(device)
-    kv = _cache_of(model, len(rows), tokens.shape[1] + max_new_tokens - 1)
     step: Callable[[MoDALanguageModel, Tensor, KVCache], Tensor] = decode_step
     if compile:
         step = _compiled_step()
-        for tensor in (*kv.k, *kv.v, kv.lengths):  # a CUDA graph may then change them in place
+        for tensor in (
+            *cache.k,
+            *cache.v,
+            cache.lengths,
+        ):  # a CUDA graph may then change them in place
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     new, ended = list[Tensor](), torch.zeros(len(rows), dtype=torch.bool, device=device)
-    with _Bar(tokens.shape[1] + max_new_tokens, progress) as bar:
-        logits = prefill(model, tokens, lengths, kv, chunk=prefill_chunk, advance=bar.advance)
+    with _Bar(longest + max_new_tokens, progress) as bar:
+        logits = prefill(model, tokens, lengths, cache, chunk=prefill_chunk, advance=bar.advance)
         while True:
             new.append(_choose(logits, temperature, top_k, top_p, generator))
             bar.advance(1)
@@ -129,7 +138,7 @@ def generate(
                 ended |= _among(torch.stack(new[-STOP_CHECK_STEPS:], 1), stops).any(1)
                 if bool(ended.all()):
                     break
-            logits = step(model, new[-1], kv)
+            logits = step(model, new[-1], cache)
     return _until_stop(torch.stack(new, 1), stops)
 
 
@@ -203,6 +212,17 @@ def decode_step(model: MoDALanguageModel, tokens: Tensor, cache: KVCache) -> Ten
 
     Returns:
         Logits (B, vocab_size) of the token after it.
+
+    Example:
+        >>> from moda_ops.nn import KVCache, MoDAConfig, MoDALanguageModel, decode_step
+        >>> config = MoDAConfig(
+        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        ... )
+        >>> model, cache = MoDALanguageModel(config), KVCache.allocate(config, 2, capacity=10)
+        >>> for token in range(3):
+        ...     logits = decode_step(model, torch.tensor([token, 7]), cache)
+        >>> logits.shape, cache.lengths
+        (torch.Size([2, 256]), tensor([3, 3], dtype=torch.int32))
     """
     positions = cache.lengths[:, None]
     hidden = _hidden(model, tokens[:, None], positions, CachedStream(cache))
@@ -278,11 +298,29 @@ def _hidden(
     return model.hidden(tokens, rotary_angles(positions, c.head_dim, c.rope_base), stream)
 
 
-def _cache_of(model: MoDALanguageModel, batch: int, capacity: int) -> KVCache:
-    weight = model.embedding.weight
+def _fitting_cache(cache: object, model: MoDALanguageModel, batch: int, capacity: int) -> KVCache:
+    """The given one, or a new one, in the dtype that the model computes keys in."""
+    c, weight = model.config, model.embedding.weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    return KVCache.allocate(model.config, batch, capacity, dtype=dtype, device=weight.device)
+    if cache is None:
+        return KVCache.allocate(c, batch, capacity, dtype=dtype, device=weight.device)
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache must be None or a KVCache, got {type(cache).__name__}")
+    if not len(cache.k) == len(cache.v) == c.layers:
+        raise ValueError(f"cache must have the model's {c.layers} layers, got {len(cache.k)}")
+    for x in (*cache.k, *cache.v):
+        room = x.shape[1]
+        if x.shape != (batch, room, c.kv_heads, c.head_dim) or room < capacity:
+            raise ValueError(
+                f"cache must have tensors (B, capacity, H, D) = ({batch}, {capacity} or more, "
+                f"{c.kv_heads}, {c.head_dim}), got {tuple(x.shape)}"
+            )
+        if x.dtype != dtype:
+            raise TypeError(f"cache must have dtype {dtype}, as the model's keys, got {x.dtype}")
+        if x.device != weight.device:
+            raise ValueError(f"cache must be on the model's device {weight.device}, got {x.device}")
+    return cache
 
 
 @cached
