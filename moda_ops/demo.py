@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moda_ops.nn import MoDABlock, MoDAConfig, MoDALanguageModel
+from moda_ops.nn import MoDABlock, MoDAConfig, MoDALanguageModel, generate
 from moda_ops.selfcheck import operator_errors
 from moda_ops.stream import DepthSlots
 
@@ -102,7 +102,7 @@ def run(
             title = f"MoDA language model, {parameters / 1e6:.1f} M parameters, on {where}"
             plot(history, bigram, title, recipe, output / FILES[1])
 
-    text = sample(model, recipe.context, length=400).decode(errors="replace")
+    text = sample(model, recipe.context, length=400, seed=seed).decode(errors="replace")
     (output / FILES[2]).write_text(text, encoding="utf-8")
     click.echo(f"\n{text}\n")
     final = history.validation[-1][1]
@@ -271,15 +271,21 @@ def plot(history: History, bigram: float, title: str, recipe: Recipe, path: Path
     figure.savefig(path, dpi=120)
 
 
-@torch.no_grad()
-def sample(model: MoDALanguageModel, context: int, length: int, temperature: float = 0.8) -> bytes:
-    """PROMPT and the model's continuation of it."""
-    tokens = torch.tensor([list(PROMPT)], device=model.embedding.weight.device)
-    for _ in range(length):
-        logits = model(tokens[:, -context:])[:, -1]
-        following = torch.multinomial((logits / temperature).softmax(-1), 1)
-        tokens = torch.cat((tokens, following), 1)
-    return bytes(tokens[0].tolist())
+def sample(
+    model: MoDALanguageModel, context: int, length: int, seed: int, temperature: float = 0.8
+) -> bytes:
+    """PROMPT and the model's continuation of it, from contexts no longer than in training.
+
+    When one is full, the next begins with its second half.
+    """
+    text, end = list(PROMPT), len(PROMPT) + length
+    while len(text) < end:
+        prompt = text[-(context // 2) :]
+        room = min(context - len(prompt), end - len(text))
+        at = (seed + len(text)) % 2**64
+        (new,) = generate(model, [prompt], room, temperature=temperature, seed=at)
+        text += new.tolist()
+    return bytes(text)
 
 
 @torch.no_grad()

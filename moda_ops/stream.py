@@ -15,6 +15,7 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.checks import Plan
+from moda_ops.depth_attention import moda_depth_attention
 from moda_ops.varlen import moda_attention_varlen
 
 
@@ -203,6 +204,52 @@ class DepthStream(NamedTuple):
         )
         return out, DepthStream(self.buffer, token, self.head_dim)
 
+    def attend_sequence(
+        self, q: Tensor, k: Tensor, v: Tensor, **options: Any
+    ) -> "tuple[Tensor, DepthStream]":
+        """:func:`moda_attention` without depth: no slot is read.
+
+        A method of every kind of stream, so that a layer need not know which it has; one that
+        serves keeps k and v in its cache.
+
+        Args:
+            q: (B, T, HQ, D).
+            k: sequence keys (B, S, H, D).
+            v: sequence values (B, S, H, DV).
+            options: of :func:`moda_attention`.
+
+        Returns:
+            ``out`` (B, T, HQ, DV) and the stream to pass on.
+        """
+        return moda_attention(q, k, v, [], [], **options), self
+
+    def attend_depth(
+        self, q: Tensor, *, scale: float | None = None, softcap: float | None = None
+    ) -> "tuple[Tensor, DepthStream]":
+        """What :func:`moda_depth_attention` computes over all slots: no sequence is read.
+
+        Args:
+            q: (B, T, HQ, D) in the stream's dtype.
+            scale, softcap: as in :func:`moda_depth_attention`.
+
+        Returns:
+            ``out`` (B, T, HQ, DV) and the stream to pass on.
+
+        Raises:
+            TypeError, ValueError: q does not fit the stream, or an option is outside its range.
+
+        Example:
+            >>> stream = DepthStream.allocate(slots=1, batch=1, tokens=2, kv_heads=1, head_dim=4)
+            >>> v = torch.randn(1, 2, 1, 4)
+            >>> out, stream = stream.write(torch.randn(1, 2, 1, 4), v).attend_depth(v)
+            >>> torch.equal(out, v)  # of the one slot
+            True
+        """
+        _, B, _, H, E = self.buffer.shape
+        k = self.buffer.new_empty(B, 0, H, self.head_dim)
+        v = self.buffer.new_empty(B, 0, H, E - self.head_dim)
+        return self.attend(q, k, v, causal=False, scale=scale, softcap=softcap)
+
 
 class DepthSlots(NamedTuple):
     """The same stream as a list: every slot is the tensor that its layer made, nothing is copied.
@@ -271,6 +318,19 @@ class DepthSlots(NamedTuple):
         k_depth, v_depth = depth[: len(k_depth)], depth[len(k_depth) :]
         out = moda_attention_varlen(q, k, v, k_depth, v_depth, *packed, **options)
         return out.unsqueeze(0), self
+
+    def attend_sequence(
+        self, q: Tensor, k: Tensor, v: Tensor, **options: Any
+    ) -> "tuple[Tensor, DepthSlots]":
+        """``out`` (B, T, HQ, DV) without depth; see :meth:`DepthStream.attend_sequence`."""
+        return moda_attention(q, k, v, [], [], **options), self
+
+    def attend_depth(
+        self, q: Tensor, *, scale: float | None = None, softcap: float | None = None
+    ) -> "tuple[Tensor, DepthSlots]":
+        """``out`` (B, T, HQ, DV) of depth alone; see :meth:`DepthStream.attend_depth`."""
+        k, v = list(self.k), list(self.v)
+        return moda_depth_attention(q, k, v, scale=scale, softcap=softcap), self
 
 
 def _cu_seqlens(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | tuple[()]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from moda_ops import cli, demo, doctor, selfcheck
-from moda_ops.nn import MoDAConfig, MoDALanguageModel
+from moda_ops.nn import MoDAConfig, MoDALanguageModel, generate
 
 
 def moda_ops(*arguments: str) -> Result:
@@ -107,6 +108,22 @@ def test_demo_writes_a_plot_and_a_sample(two_steps: tuple[Path, str]) -> None:
     sample = (output / "sample.txt").read_text(encoding="utf-8")
     assert sample.startswith(demo.PROMPT.decode())
     assert len(sample) > 100
+
+
+def test_the_sample_stays_within_the_context_of_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, lengths = MoDALanguageModel(demo.RECIPES["cpu"].model), list[int]()
+
+    def spy(model: Any, prompts: list[list[int]], new: int, **options: Any) -> list[torch.Tensor]:
+        lengths.append(len(prompts[0]) + new)
+        return generate(model, prompts, new, **options)
+
+    monkeypatch.setattr(demo, "generate", spy)
+    text = demo.sample(model, 16, length=30, seed=3)
+    assert text.startswith(demo.PROMPT) and len(text) == len(demo.PROMPT) + 30
+    assert lengths == [16, 16, 16, 10]
+    assert demo.sample(model, 16, length=30, seed=3) == text != demo.sample(model, 16, 30, seed=4)
 
 
 def test_demo_checks_the_operator(two_steps: tuple[Path, str]) -> None:

@@ -65,6 +65,16 @@ def depth_alone(x, stream):
     return x
 
 
+def apart(x, stream):
+    """Sequence and depth each under its own softmax."""
+    for i in range(3):
+        q, k, v = parts(x, i)
+        near, stream = stream.attend_sequence(q, k, v, window=3)
+        deep, stream = stream.write(k, v).attend_depth(q, scale=0.7, softcap=2.0)
+        x = widen(near) + widen(deep)
+    return x
+
+
 def two_readers(x, stream):
     """Readers that do not pass the stream on to each other."""
     x, stream = layer(x, stream)
@@ -96,6 +106,7 @@ PATTERNS = [
     extra_writes,
     keys_outside,
     depth_alone,
+    apart,
     two_readers,
     unread_layers,
     options,

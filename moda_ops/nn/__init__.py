@@ -7,11 +7,14 @@ depth key.
 
 :class:`MoDAConfig` chooses who writes the stream, ``depth``, and where the norms stand, ``norm``;
 :class:`MoDALanguageModel` is the model. The stream is a value that the blocks pass on: a
-:class:`moda_ops.DepthStream`, or, for the functional path, :class:`moda_ops.DepthSlots`. Shapes:
-B batch, T tokens, C width, HQ query heads, H key/value heads, D head dimension.
+:class:`moda_ops.DepthStream`, or, for the functional path, :class:`moda_ops.DepthSlots`, or, in
+:func:`generate`, a :class:`CachedStream` over a :class:`KVCache`, which keeps no depth. Shapes: B
+batch, T tokens, C width, HQ query heads, H key/value heads, D head dimension.
 """
 
+from moda_ops.nn.cache import CachedStream, KVCache
 from moda_ops.nn.config import Depth, MoDAConfig, Norm
+from moda_ops.nn.generation import decode_step, generate, prefill, token_probabilities
 from moda_ops.nn.layers import (
     DepthAttention,
     DepthProjection,
@@ -26,11 +29,13 @@ from moda_ops.nn.layers import (
 from moda_ops.nn.model import DepthAttentionBlock, MoDABlock, MoDALanguageModel
 
 __all__ = [
+    "CachedStream",
     "Depth",
     "DepthAttention",
     "DepthAttentionBlock",
     "DepthProjection",
     "FeedForward",
+    "KVCache",
     "MoDAAttention",
     "MoDABlock",
     "MoDAConfig",
@@ -39,6 +44,10 @@ __all__ = [
     "RMSNorm",
     "Rotary",
     "Stream",
+    "decode_step",
+    "generate",
+    "prefill",
     "rotary_angles",
     "rotate",
+    "token_probabilities",
 ]

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moda_ops.nn.cache import CachedStream
 from moda_ops.nn.config import MoDAConfig
 from moda_ops.stream import DepthSlots, DepthStream
 
-Stream = TypeVar("Stream", DepthSlots, DepthStream)
-"""Either form of the depth stream."""
+Stream = TypeVar("Stream", DepthSlots, DepthStream, CachedStream)
+"""Any form of the depth stream."""
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosine and sine of every position's angles, each (T, 1, D / 2), float32."""
+"""Cosine and sine of every position's angles, each (T, 1, D / 2) or (B, T, 1, D / 2), float32."""
 
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> Rotary:
@@ -22,12 +23,12 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float) -> Rotary:
     (arXiv 2104.09864, section 3.2.2.)
 
     Args:
-        positions: (T,), integer.
+        positions: (T,), or (B, T) where they differ from sequence to sequence; integer.
         head_dim: D.
         base: base of the wavelengths.
 
     Returns:
-        Two float32 tensors (T, 1, D / 2).
+        Two float32 tensors (T, 1, D / 2) or (B, T, 1, D / 2).
 
     Example:
         >>> cos, sin = rotary_angles(torch.arange(3), head_dim=4, base=100.0)
@@ -37,7 +38,7 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float) -> Rotary:
         tensor([0.0000, 0.0998, 0.1987])
     """
     exponent = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
-    angles = positions[:, None, None] * base**-exponent
+    angles = positions[..., None, None] * base**-exponent
     return angles.cos(), angles.sin()
 
 
@@ -46,7 +47,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
     Args:
         x: (B, T, heads, D).
-        rotary: angles of the T tokens.
+        rotary: angles of the T tokens, or of the B * T.
 
     Returns:
         (B, T, heads, D) in x's dtype.
@@ -122,17 +123,26 @@ class MoDAAttention(nn.Module):
         return q, k, self.v_proj(x).unflatten(-1, heads)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, stream: Stream, *, write: bool = True
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        stream: Stream,
+        *,
+        write: bool = True,
+        read: bool = True,
     ) -> tuple[Tensor, Stream]:
         """Output (B, T, C) for x (B, T, C), and the stream.
 
-        With ``write`` the layer's own key and value are its next slot.
+        With ``write`` the layer's own key and value are its next slot. Without ``read`` (nor
+        ``write``) it is plain causal attention.
         """
         q, k, v = self.project(x, rotary)
         if write:
             out, stream = stream.write(k, v).attend(q)
-        else:
+        elif read:
             out, stream = stream.attend(q, k, v)
+        else:
+            out, stream = stream.attend_sequence(q, k, v)
         return self.out_proj(out.flatten(2)), stream
 
 
@@ -219,5 +229,5 @@ class DepthAttention(nn.Module):
         """The next layer's input (B, T, C), for a layer's output x (B, T, C), and the stream."""
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rotary)
         k, v = self.write(x, rotary)
-        out, stream = stream.write(k, v).attend(q, k[:, :0], v[:, :0], causal=False)
+        out, stream = stream.write(k, v).attend_depth(q)
         return out.flatten(2), stream

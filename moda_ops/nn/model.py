@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moda_ops.nn.cache import CachedStream
 from moda_ops.nn.config import MoDAConfig
 from moda_ops.nn.layers import (
     DepthAttention,
@@ -41,7 +42,8 @@ class MoDABlock(nn.Module):
     def __init__(self, config: MoDAConfig, *, last: bool) -> None:
         super().__init__()
         self.pre_norm = config.norm == "pre"
-        self.writes = config.depth != "residual" and (config.write_last or not last)
+        self.continues = config.write_last or not last  # somebody takes the stream
+        self.writes = self.continues and config.depth != "residual"
         projects = config.depth.split("+") if self.writes else []
         self.attention = MoDAAttention(config)
         self.attention_norm = RMSNorm(config.width)
@@ -56,7 +58,7 @@ class MoDABlock(nn.Module):
         write_keys = self.writes and self.attention_write is None
         y, read = self.attention(h, rotary, stream, write=write_keys)
         # Of a stream that nobody continues, a compiled block would get zeros as gradient.
-        stream = read if self.writes else stream
+        stream = read if self.continues else stream
         x = x + y if self.pre_norm else self.attention_norm(x + y)
         if self.attention_write is not None:
             stream = stream.write(*self.attention_write(h, rotary))
@@ -101,7 +103,7 @@ class DepthAttentionBlock(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, stream: Stream) -> tuple[Tensor, Stream]:
         """The next block's input (B, T, C) for x (B, T, C), and the stream with two more slots."""
         h = self.attention_norm(x) if self.pre_norm else x
-        y, _ = self.attention(h, rotary, DepthSlots(), write=False)
+        y, stream = self.attention(h, rotary, stream, write=False, read=False)
         y = y if self.pre_norm else self.attention_norm(y)
         x, stream = self.attention_depth(y, rotary, stream)
 
@@ -237,11 +239,21 @@ class MoDALanguageModel(nn.Module):
         """
         if stream is None:
             stream = self.stream(*tokens.shape)
-        x, rotary = self.embedding(tokens), self.rotary(tokens.shape[1])
+        return self.logits(self.hidden(tokens, self.rotary(tokens.shape[1]), stream))
+
+    def hidden(
+        self, tokens: Tensor, rotary: Rotary, stream: DepthSlots | DepthStream | CachedStream
+    ) -> Tensor:
+        """What the output layer takes, (B, T, C), for tokens (B, T) with these angles."""
+        x = self.embedding(tokens)
         if self.embedding_norm is not None and self.embedding_write is not None:
             k, v = self.embedding_write(self.embedding_norm(x), rotary)
             x = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2)
             stream = stream.write(k, v)
         for block in self.blocks:
             x, stream = block(x, rotary, stream)
-        return F.linear(self.norm(x), self.embedding.weight)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output layer: logits (..., vocab_size) of hidden (..., C)."""
+        return F.linear(hidden, self.embedding.weight)
