@@ -155,6 +155,14 @@ def check_bool(name: str, value: object) -> bool:
     return value
 
 
+def check_int(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value  # type: ignore[return-value]
+
+
 def check_option(name: str, value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name} must be a number or None, got {value!r}")

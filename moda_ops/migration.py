@@ -16,10 +16,9 @@ lse     (B, T * G, H), base 2                (B, HQ, T), natural
 import math
 from typing import overload
 
-import torch
 from torch import Tensor
 
-from moda_ops.attention import check_tensors
+from moda_ops.attention import check_int, check_tensors
 from moda_ops.checks import check_both
 
 
@@ -82,7 +81,7 @@ def from_authors(
         (torch.Size([1, 24, 2, 16]), torch.Size([1, 24, 2]))
     """
     check_tensors(q=q)
-    G = _group(moda_group_num)
+    G = check_int("moda_group_num", moda_group_num, 1)
     if q.dim() != 4 or q.shape[1] % G:
         raise ValueError(
             f"q must have shape (B, T * G, H, D) with G = moda_group_num = {G}, got "
@@ -135,7 +134,7 @@ def to_authors(out: Tensor, lse: Tensor, *, moda_group_num: int = 1) -> tuple[Te
         (torch.Size([1, 15, 2, 16]), torch.Size([1, 15, 2]))
     """
     check_tensors(out=out, lse=lse)
-    G = _group(moda_group_num)
+    G = check_int("moda_group_num", moda_group_num, 1)
     if out.dim() != 4 or out.shape[2] % G:
         raise ValueError(
             f"out must have shape (B, T, H * G, DV) with G = moda_group_num = {G}, got "
@@ -147,11 +146,3 @@ def to_authors(out: Tensor, lse: Tensor, *, moda_group_num: int = 1) -> tuple[Te
     folded = out.unflatten(2, (HQ // G, G)).transpose(2, 3).flatten(1, 2)
     bits = lse.unflatten(1, (HQ // G, G)).permute(0, 3, 2, 1).flatten(1, 2) * math.log2(math.e)
     return folded, bits
-
-
-def _group(moda_group_num: object) -> int:
-    if isinstance(moda_group_num, bool) or not isinstance(moda_group_num, (int, torch.SymInt)):
-        raise TypeError(f"moda_group_num must be an int, got {moda_group_num!r}")
-    if moda_group_num < 1:
-        raise ValueError(f"moda_group_num must be >= 1, got {moda_group_num}")
-    return moda_group_num  # type: ignore[return-value]

@@ -8,6 +8,7 @@ from torch import Tensor
 from moda_ops.attention import (
     Window,
     check_bool,
+    check_int,
     check_option,
     check_plan,
     check_tensors,
@@ -100,10 +101,7 @@ class DepthStream(NamedTuple):
             ("head_dim", head_dim, 1),
             ("value_dim", value_dim, 1),
         ):
-            if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-                raise TypeError(f"{name} must be an int, got {size!r}")
-            if size < least:
-                raise ValueError(f"{name} must be at least {least}, got {size}")
+            check_int(name, size, least)
         device = torch.empty(0, device=device).device  # None is PyTorch's default device
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)

@@ -13,6 +13,7 @@ from moda_ops.attention import (
     Depth,
     Window,
     check_bool,
+    check_int,
     check_option,
     check_plan,
     check_tensors,
@@ -256,8 +257,9 @@ def moda_attention_varlen(
     check_option("softcap", softcap)
     check_bool("return_lse", return_lse)
     check_plan(plan)
-    _check_length("max_seqlen_q", max_seqlen_q)
-    _check_length("max_seqlen_k", max_seqlen_k)
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if length is not None:
+            check_int(name, length, 0)
     left, right = window_sides(window)
     out, lse = torch.ops.moda.attention_varlen(
         q,
@@ -274,12 +276,3 @@ def moda_attention_varlen(
         plan=plan,
     )
     return (out, lse) if return_lse else out
-
-
-def _check_length(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int or None, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")

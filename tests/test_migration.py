@@ -139,7 +139,7 @@ FROM = [
     (dict(q=[0.0]), TypeError, "q must be a torch.Tensor, got list"),
     (dict(cached_v=3), TypeError, "cached_v must be a torch.Tensor, got int"),
     (dict(moda_group_num=1.5), TypeError, "moda_group_num must be an int, got 1.5"),
-    (dict(moda_group_num=0), ValueError, "moda_group_num must be >= 1, got 0"),
+    (dict(moda_group_num=0), ValueError, "moda_group_num must be at least 1, got 0"),
     (
         dict(moda_group_num=5),
         ValueError,

@@ -197,7 +197,7 @@ ERRORS = [
     (dict(cu_seqlens_k=CU.to("meta")), ValueError, "cu_seqlens_k must be on q's device cpu, got meta"),
     (dict(cu_seqlens_q=torch.zeros(10, dtype=torch.int32)[::2]), ValueError, "cu_seqlens_q must be contiguous in its last dimension (stride 1), got strides (2,); call .contiguous() if a copy is acceptable"),
     (dict(plan="fast"), ValueError, "plan must be one of 'auto', 'fused', 'split', got 'fast'"),
-    (dict(max_seqlen_q=9.0), TypeError, "max_seqlen_q must be an int or None, got 9.0"),
+    (dict(max_seqlen_q=9.0), TypeError, "max_seqlen_q must be an int, got 9.0"),
     (dict(max_seqlen_k=-1), ValueError, "max_seqlen_k must be at least 0, got -1"),
 ]  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from moda_ops.attention import check_bool
+from moda_ops.attention import check_bool, check_int
 from moda_ops.nn.cache import CachedStream, KVCache
 from moda_ops.nn.layers import rotary_angles
 from moda_ops.nn.model import MoDALanguageModel
@@ -98,8 +98,8 @@ def generate(
         raise TypeError(f"model must be a MoDALanguageModel, got {type(model).__name__}")
     vocabulary, device = model.config.vocab_size, model.embedding.weight.device
     rows = _prompt_rows(prompts, vocabulary)
-    _check_at_least_one("max_new_tokens", max_new_tokens)
-    _check_at_least_one("prefill_chunk", prefill_chunk)
+    check_int("max_new_tokens", max_new_tokens, 1)
+    check_int("prefill_chunk", prefill_chunk, 1)
     _check_sampling(temperature, top_k, top_p)
     _check_seed(seed)
     stops = torch.tensor(_checked_stops(stop_tokens, vocabulary), device=device, dtype=torch.long)
@@ -368,13 +368,6 @@ def _is_int(x: object) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def _check_at_least_one(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 def _check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -389,7 +382,7 @@ def _check_sampling(temperature: object, top_k: object, top_p: object) -> None:
             f"got {temperature}"
         )
     if top_k is not None:
-        _check_at_least_one("top_k", top_k)
+        check_int("top_k", top_k, 1)
     if top_p is not None and not 0 < _check_number("top_p", top_p) <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
 
