@@ -1,0 +1,175 @@
+"""What every rank runs in ``test_distributed.py``: a sharded computation against a whole one."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import moda_ops.distributed  # noqa: F401
+from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs
+from moda_ops import (
+    moda_attention,
+    moda_attention_varlen,
+    moda_chunk_attention,
+    moda_depth_attention,
+)
+
+
+def device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def mesh_of(*sizes: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+    return init_device_mesh(device().type, sizes, mesh_dim_names=names)
+
+
+# DTensor: each axis by the place of its size in (batch, tokens, heads)
+
+AXES = {"batch": Shard(0), "tokens": Shard(1), "heads": Shard(2)}
+OPERATORS = {
+    "attention": moda_attention,
+    "chunk_attention": moda_chunk_attention,
+    "depth_attention": lambda q, k, v, *depth, **options: moda_depth_attention(
+        q, *depth, **options
+    ),
+}
+
+
+def check_dtensor(
+    operator: str,
+    axes: list[str | None],
+    options: dict[str, Any],
+    shape: dict[str, Any],
+    keys: str | None = None,
+) -> None:
+    """``axes`` shard q and depth, one for each dimension of a mesh; ``keys`` shards k and v."""
+    mesh = mesh_of(*([1] * (len(axes) - 1) + [dist.get_world_size()]))
+    where = [Replicate() if axis is None else AXES[axis] for axis in axes]
+    elsewhere = where if keys is None else [*where[:-1], AXES[keys]]
+    inputs = make_inputs(**shape, device=device())
+
+    def place(name: str, x: Tensor) -> DTensor:
+        placements = elsewhere if name in ("k", "v") else where
+        if x.dim() == 5:  # packed
+            placements = [Shard(3) if p == Shard(2) else p for p in placements]
+        return distribute_tensor(x.detach(), mesh, placements).requires_grad_()
+
+    def run(inputs: Inputs, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, Inputs]:
+        q, k, v = (place(name, x) for name, x in zip("qkv", inputs[:3], strict=True))
+        depth = [[place("depth", x) for x in slots] for slots in inputs[3:]]
+        leaves = Inputs(q, k, v, *depth)
+        packed = [x[0] if shape.get("form") == "packed" else x for x in depth]
+        out, lse = OPERATORS[operator](q, k, v, *packed, return_lse=True, **options)
+        assert out.placements == tuple(where)
+        grads = torch.autograd.grad(
+            [out, lse],
+            leaves.leaves(),
+            [distribute_tensor(x, mesh, [Replicate()] * mesh.ndim) for x in (dout, dlse)],
+            materialize_grads=True,
+            allow_unused=True,
+        )
+        for grad, leaf in zip(grads, leaves.leaves(), strict=True):
+            assert grad.placements == leaf.placements
+        whole = iter([x.full_tensor() for x in grads])
+        return out.full_tensor(), lse.full_tensor(), inputs.map(lambda x: next(whole))
+
+    if operator == "depth_attention":
+        inputs = inputs._replace(k=inputs.k[:, :0], v=inputs.v[:, :0])
+        options = options | {"causal": False}
+        specified = options
+        options = {name: x for name, x in options.items() if name != "causal"}
+    else:
+        specified = options
+    assert_matches_reference(inputs, run, make_cotangents(inputs), **specified)
+
+
+def check_packed_documents() -> None:
+    mesh, T = mesh_of(dist.get_world_size()), 9
+    lengths = torch.tensor([0, T, T], dtype=torch.int32, device=device())  # the second is empty
+
+    def run(inputs: Inputs, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, Inputs]:
+        parts = inputs.map(lambda x: distribute_tensor(x[0], mesh, [Shard(1)]).requires_grad_())
+        out, lse = moda_attention_varlen(*parts, lengths, lengths, return_lse=True)
+        assert out.placements == (Shard(1),) and lse.placements == (Shard(0),)
+        cotangents = [distribute_tensor(x[0], mesh, [Replicate()]) for x in (dout, dlse)]
+        grads = torch.autograd.grad([out, lse], parts.leaves(), cotangents)
+        whole = iter([x.full_tensor()[None] for x in (out, lse, *grads)])
+        return next(whole), next(whole), inputs.map(lambda x: next(whole))
+
+    assert_matches_reference(make_inputs(1, T, 6, 2, 8, 3, device=device()), run)
+
+
+def check_communication(axis: str, operator: str, forward: dict[str, int], both: dict[str, int]):
+    mesh = mesh_of(dist.get_world_size())
+    inputs = make_inputs(2, 8, 4, 2, 8, 3, device=device())
+    leaves = inputs.map(lambda x: distribute_tensor(x, mesh, [AXES[axis]]).requires_grad_())
+    with CommDebugMode() as seen:
+        out = OPERATORS[operator](*leaves)
+        assert counts(seen) == forward
+        dout = distribute_tensor(torch.ones(out.shape, device=device()), mesh, out.placements)
+    with CommDebugMode() as seen_backward:
+        used = leaves.leaves() if operator == "attention" else [leaves.q, *leaves.leaves()[3:]]
+        torch.autograd.grad(out, used, dout)
+    assert counts(seen_backward) == both
+
+
+def counts(seen: CommDebugMode) -> dict[str, int]:
+    return {op.__name__: n for op, n in seen.get_comm_counts().items() if n}
+
+
+def check_saved_tensors_are_shards() -> None:
+    mesh, T = mesh_of(dist.get_world_size()), 8
+    leaves = make_inputs(1, T, 4, 2, 16, 2, device=device()).map(
+        lambda x: distribute_tensor(x, mesh, [Shard(1)]).requires_grad_()
+    )
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        moda_attention(*leaves)
+    local = [x.to_local() if isinstance(x, DTensor) else x for x in saved]
+    assert len(local) == len(leaves.leaves()) + 2
+    assert all(T not in x.shape for x in local[:-1]), [x.shape for x in local]
+
+
+def check_compiled(axis: str, dynamic: bool, lengths: list[int]) -> None:
+    mesh = mesh_of(dist.get_world_size())
+    torch._dynamo.reset()
+    compiled = torch.compile(moda_attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for T in lengths:
+        whole = make_inputs(2, T, 4, 2, 8, 2, device=device())
+        leaves = whole.map(lambda x: distribute_tensor(x, mesh, [AXES[axis]]).requires_grad_())
+        results = []
+        for function in (moda_attention, compiled):
+            out = function(*leaves)
+            dout = torch.ones_like(out)
+            results.append([out, *torch.autograd.grad(out, leaves.leaves(), dout)])
+        for a, b in zip(*results, strict=True):
+            assert a.placements == b.placements
+            assert torch.equal(a.full_tensor(), b.full_tensor())
+
+
+def check_dtensor_errors() -> None:
+    size = dist.get_world_size()
+    mesh, plane = mesh_of(size), mesh_of(1, size)
+    q, k, v, k_depth, v_depth = make_inputs(1, 4, 6, 3, 8, 1, device=device())
+
+    def raises(error: type[Exception], text: str, *args: Any, **options: Any) -> None:
+        with pytest.raises(error, match=text):
+            moda_attention(*args, **options)
+
+    sharded, whole = (
+        [distribute_tensor(x, mesh, [p]) for x in (q, k, v)] for p in (Shard(2), Shard(1))
+    )
+    raises(ValueError, "must divide the key/value heads H = 3", *sharded)
+    raises(TypeError, "k must be a DTensor", whole[0], k, v)
+    raises(TypeError, "q must be a DTensor", q, *whole[1:])
+    raises(TypeError, r"k_depth must be a DTensor", *whole, k_depth, v_depth)
+    raises(ValueError, "cannot be sharded over tokens", *whole, causal=False, window=1)
+    twice = [distribute_tensor(x, plane, [Shard(1), Shard(1)]) for x in (q, k, v)]
+    raises(ValueError, "by one mesh dimension", *twice)

@@ -1,0 +1,91 @@
+"""Two processes against one: DTensor, tensor, data, context and pipeline parallelism."""
+
+import pytest
+import torch
+
+import distributed_checks as checks
+from ranks import Ranks
+
+
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def ranks(request):
+    if request.param == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    group = Ranks(2, request.param)
+    yield group
+    group.stop()
+
+
+SHAPE = dict(B=2, T=7, HQ=6, H=2, D=8, L=3, DV=5)
+
+
+@pytest.mark.parametrize("form", ["list", "packed"])
+@pytest.mark.parametrize("axis", ["batch", "tokens", "heads", None])
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [
+        ("attention", {}),
+        ("attention", {"window": 2, "softcap": 3.0}),
+        ("attention", {"causal": False}),
+        ("depth_attention", {"scale": 0.3}),
+        ("chunk_attention", {"chunk_size": 3}),
+    ],
+)
+def test_dtensor(ranks, operator, options, axis, form):
+    if operator == "chunk_attention" and axis == "tokens":
+        pytest.skip("a chunk's tokens stay together")
+    ranks(checks.check_dtensor, operator, [axis], options, SHAPE | {"form": form})
+
+
+@pytest.mark.parametrize(
+    ("axes", "keys", "shape"),
+    [
+        (["tokens"], "heads", {"S": 12}),  # keys come from where they were, gradients go back
+        (["tokens"], None, {"S": 4}),
+        (["heads"], "tokens", {}),
+        ([None], "tokens", {}),
+        (["tokens"], "tokens", {"T": 1, "S": 5}),  # a rank without tokens
+        (["batch", "tokens"], "tokens", {"form": "packed"}),
+        (["tokens", "heads"], "heads", {"L": 0}),
+    ],
+)
+def test_dtensor_arguments_that_lie_elsewhere(ranks, axes, keys, shape):
+    window = {"window": 3} if axes == ["tokens"] else {}
+    ranks(checks.check_dtensor, "attention", axes, window, SHAPE | shape, keys)
+
+
+def test_dtensor_packed_documents(ranks):
+    ranks(checks.check_packed_documents)
+
+
+@pytest.mark.parametrize(
+    ("axis", "operator", "forward", "backward"),
+    [
+        ("heads", "attention", {}, {}),
+        ("batch", "attention", {}, {}),
+        ("tokens", "depth_attention", {}, {}),
+        (
+            "tokens",
+            "attention",
+            {"all_gather_into_tensor": 2},
+            {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 2},
+        ),
+    ],
+)
+def test_dtensor_communication(ranks, axis, operator, forward, backward):
+    ranks(checks.check_communication, axis, operator, forward, backward)
+
+
+def test_dtensor_saves_no_gathered_keys(ranks):
+    ranks(checks.check_saved_tensors_are_shards)
+
+
+@pytest.mark.parametrize(
+    ("axis", "dynamic", "lengths"), [("heads", False, [6]), ("tokens", True, [6, 8])]
+)
+def test_dtensor_compiles(ranks, axis, dynamic, lengths):
+    ranks(checks.check_compiled, axis, dynamic, lengths)
+
+
+def test_dtensor_errors(ranks):
+    ranks(checks.check_dtensor_errors)
