@@ -96,7 +96,9 @@ def _dispatch(
     def localize(name: str, x: Any) -> Any:
         if isinstance(x, list):
             return [localize(name, slot) for slot in x]
-        return x.redistribute(mesh, placements(name, x)).to_local() if _is_dtensor(x) else x
+        if not _is_dtensor(x):
+            return x
+        return x.detach().redistribute(mesh, placements(name, x)).to_local()
 
     def distribute(x: Tensor, shape: Sequence[int], where: Sequence[Placement]) -> DTensor:
         stride = torch.empty(shape, device="meta").stride()
