@@ -1,5 +1,8 @@
 """What every rank runs in ``test_distributed.py``: a sharded computation against a whole one."""
 
+import warnings
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -7,17 +10,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.nn import functional as F
 
 import moda_ops.distributed  # noqa: F401
-from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs
+from helpers import (
+    Inputs,
+    assert_accurate,
+    assert_matches_reference,
+    make_cotangents,
+    make_inputs,
+)
 from moda_ops import (
+    DepthSlots,
     moda_attention,
     moda_attention_varlen,
     moda_chunk_attention,
     moda_depth_attention,
 )
+from moda_ops.nn import MoDAConfig, MoDALanguageModel
+from moda_ops.nn.context_parallel import ContextParallel
+from moda_ops.nn.tensor_parallel import tensor_parallel
 
 
 def device() -> torch.device:
@@ -173,3 +190,131 @@ def check_dtensor_errors() -> None:
     raises(ValueError, "cannot be sharded over tokens", *whole, causal=False, window=1)
     twice = [distribute_tensor(x, plane, [Shard(1), Shard(1)]) for x in (q, k, v)]
     raises(ValueError, "by one mesh dimension", *twice)
+
+
+# Language models: the gradients of a step
+
+CONFIG = MoDAConfig(vocab_size=60, layers=3, width=36, heads=6, kv_heads=2, head_dim=6, hidden=50)
+BATCH, TOKENS = 4, 16
+ROUNDINGS = 4
+
+
+def make_model(config: MoDAConfig, dtype: torch.dtype = torch.float32) -> MoDALanguageModel:
+    torch.manual_seed(0)
+    return MoDALanguageModel(config).to(dtype)
+
+
+def make_text() -> tuple[Tensor, Tensor]:
+    """Tokens and targets."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(CONFIG.vocab_size, (BATCH, TOKENS + 1), generator=generator)
+    return text[:, :-1].to(device()), text[:, 1:].to(device())
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def gradients(model: MoDALanguageModel) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@cache
+def whole_step(config: MoDAConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    """Gradients in float64, what one process makes of them in float32, and what rounding every
+    parameter once changes."""
+
+    def step(model: MoDALanguageModel) -> dict[str, Tensor]:
+        tokens, targets = (x.to(model.embedding.weight.device) for x in make_text())
+        loss_of(model(tokens), targets).backward()
+        return gradients(model)
+
+    exact, plain = step(make_model(config, torch.float64)), step(make_model(config).to(device()))
+    floor = dict.fromkeys(exact, 0.0)
+    for seed in range(ROUNDINGS):
+        model = make_model(config, torch.float64)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                p *= 1 + torch.finfo(torch.float32).eps * (torch.randint_like(p, 2) * 2 - 1)
+        for name, x in step(model).items():
+            floor[name] = max(floor[name], (x - exact[name]).abs().max().item())
+    return exact, plain, floor
+
+
+def assert_same_step(config: MoDAConfig, grads: dict[str, Tensor]) -> None:
+    exact, plain, floor = whole_step(config)
+    for name, x in grads.items():
+        x = x.full_tensor() if isinstance(x, DTensor) else x
+        assert_accurate(name, x, exact[name].to(x.device), plain[name], floor[name])
+    assert grads.keys() == exact.keys()
+
+
+def average(model: MoDALanguageModel) -> dict[str, Tensor]:
+    """Gradients as data parallelism averages them."""
+    for x in gradients(model).values():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return gradients(model)
+
+
+def check_context_parallel(options: dict[str, Any]) -> None:
+    config = replace(CONFIG, **options)
+    model, context = make_model(config).to(device()), ContextParallel()
+    tokens, targets = (context.shard(x, 1) for x in make_text())
+    loss_of(model(tokens, context=context), targets).backward()
+    assert_same_step(config, average(model))
+
+
+def check_context_parallel_order() -> None:
+    """A rank's tokens are those that PyTorch's own context parallelism gives it."""
+    context, whole = ContextParallel(), torch.arange(BATCH * TOKENS, device=device())
+    whole = whole.view(BATCH, TOKENS)
+    buffer = whole.clone()
+    with context_parallel(mesh_of(context.size), buffers=[buffer], buffer_seq_dims=[1]):
+        assert torch.equal(context.shard(whole, 1), buffer)
+    assert torch.equal(context.gather(context.shard(whole, 1), 1), whole)
+    assert torch.equal(context.scatter_sum(whole, 1), context.size * context.shard(whole, 1))
+    assert torch.equal(
+        context.positions(TOKENS // context.size, device()), context.shard(whole, 1)[0]
+    )
+
+
+def check_tensor_parallel(options: dict[str, Any], data: int | None = None) -> None:
+    """With ``data``, on a mesh of so many by the rest, and blocks sharded over the first."""
+    config = replace(CONFIG, **options)
+    model, (tokens, targets) = make_model(config).to(device()), make_text()
+    ranks = dist.get_world_size()
+    mesh = mesh_of(data or 1, ranks // (data or 1), names=("data", "tensor"))
+    tensor_parallel(model, mesh["tensor"])
+    if data is not None:
+        shard_blocks(model, mesh=mesh["data"])
+        tokens, targets = (x.chunk(data)[mesh.get_local_rank("data")] for x in (tokens, targets))
+    with loss_parallel():
+        loss_of(model(tokens), targets).backward()
+    assert_same_step(config, gradients(model))
+
+
+def shard_blocks(model: MoDALanguageModel, **options: Any) -> None:
+    for block in model.blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # unchanged
+
+
+def check_fully_sharded(options: dict[str, Any], functional: bool) -> None:
+    config = replace(CONFIG, **options)
+    model, ranks = make_model(config).to(device()), dist.get_world_size()
+    shard_blocks(model, mesh=mesh_of(ranks))
+    tokens, targets = (x.chunk(ranks)[dist.get_rank()] for x in make_text())
+    loss_of(model(tokens, DepthSlots() if functional else None), targets).backward()
+    assert_same_step(config, gradients(model))
+
+
+def check_fully_sharded_context() -> None:
+    """Tokens and parameters sharded over the same ranks."""
+    model, context = make_model(CONFIG).to(device()), ContextParallel()
+    shard_blocks(model, mesh=mesh_of(context.size))
+    tokens, targets = (context.shard(x, 1) for x in make_text())
+    loss_of(model(tokens, context=context), targets).backward()
+    assert_same_step(CONFIG, gradients(model))

@@ -89,3 +89,39 @@ def test_dtensor_compiles(ranks, axis, dynamic, lengths):
 
 def test_dtensor_errors(ranks):
     ranks(checks.check_dtensor_errors)
+
+
+EVERY_OPTION = {"depth": "kv+ffn+attn", "norm": "pre", "qk_norm": True, "bias": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, EVERY_OPTION, {"depth": "kv"}, {"depth": "attention"}, {"depth": "residual"}],
+    ids=str,
+)
+def test_context_parallel(ranks, options):
+    ranks(checks.check_context_parallel, options)
+
+
+def test_context_parallel_order(ranks):
+    ranks(checks.check_context_parallel_order)
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION, {"depth": "residual"}], ids=str)
+def test_tensor_parallel(ranks, options):
+    ranks(checks.check_tensor_parallel, options)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("options", [{}, {"depth": "attention"}], ids=str)
+def test_fully_sharded(ranks, options, functional):
+    ranks(checks.check_fully_sharded, options, functional)
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_tensor_parallel_and_fully_sharded(ranks, data):
+    ranks(checks.check_tensor_parallel, EVERY_OPTION, data)
+
+
+def test_context_parallel_and_fully_sharded(ranks):
+    ranks(checks.check_fully_sharded_context)

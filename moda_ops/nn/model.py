@@ -1,5 +1,7 @@
 """The blocks and the language model."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +19,9 @@ from moda_ops.nn.layers import (
     rotary_angles,
 )
 from moda_ops.stream import DepthSlots, DepthStream
+
+if TYPE_CHECKING:
+    from moda_ops.nn.context_parallel import ContextParallel, ContextParallelStream
 
 
 class MoDABlock(nn.Module):
@@ -132,6 +137,7 @@ class MoDALanguageModel(nn.Module):
     def __init__(self, config: MoDAConfig) -> None:
         super().__init__()
         self.config = config
+        self.kv_heads = config.kv_heads  # that this process has: tensor parallelism divides them
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         depth_attention = config.depth == "attention"
         self.embedding_norm = RMSNorm(config.width, gain=False) if depth_attention else None
@@ -214,35 +220,56 @@ class MoDALanguageModel(nn.Module):
 
     def rotary(self, tokens: int) -> Rotary:
         """Angles of positions 0 .. tokens - 1."""
-        positions = torch.arange(tokens, device=self.embedding.weight.device)
+        return self._rotary(torch.arange(tokens, device=self.embedding.weight.device))
+
+    def _rotary(self, positions: Tensor) -> Rotary:
         return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
 
     def stream(self, batch: int, tokens: int) -> DepthSlots | DepthStream:
         """The empty stream of a forward pass, as large as the blocks will fill it."""
-        slots = self.config.depth_slots()
-        if slots == 0:
-            return DepthSlots()
-        c, weight = self.config, self.embedding.weight
+        return self._allocate(batch, tokens) if self.config.depth_slots() else DepthSlots()
+
+    def _allocate(self, batch: int, tokens: int) -> DepthStream:
+        slots, weight = self.config.depth_slots(), self.embedding.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         dtype = None if autocast else weight.dtype
+        head_dim, device = self.config.head_dim, weight.device
         return DepthStream.allocate(
-            slots, batch, tokens, c.kv_heads, c.head_dim, dtype=dtype, device=weight.device
+            slots, batch, tokens, self.kv_heads, head_dim, dtype=dtype, device=device
         )
 
-    def forward(self, tokens: Tensor, stream: DepthSlots | DepthStream | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        stream: DepthSlots | DepthStream | None = None,
+        *,
+        context: "ContextParallel | None" = None,
+    ) -> Tensor:
         """Logits (B, T, vocab_size) of the token after each of tokens (B, T).
 
         Args:
             tokens: (B, T), integer.
             stream: an empty stream; default a :class:`DepthStream` of the right size. Give
                 ``DepthSlots()`` for the functional path.
+            context: given if tokens are this rank's part of a sequence, as are then the logits; it
+                makes the stream.
         """
+        B, T = tokens.shape
+        if context is not None:
+            if stream is not None:
+                raise ValueError("stream must be None if context is given, which makes the stream")
+            angles = self._rotary(context.positions(T, tokens.device))
+            parts = context.stream(*(self._allocate(B, T // 2) for _ in range(2)))
+            return self.logits(self.hidden(tokens, angles, parts))
         if stream is None:
-            stream = self.stream(*tokens.shape)
-        return self.logits(self.hidden(tokens, self.rotary(tokens.shape[1]), stream))
+            stream = self.stream(B, T)
+        return self.logits(self.hidden(tokens, self.rotary(T), stream))
 
     def hidden(
-        self, tokens: Tensor, rotary: Rotary, stream: DepthSlots | DepthStream | CachedStream
+        self,
+        tokens: Tensor,
+        rotary: Rotary,
+        stream: "DepthSlots | DepthStream | CachedStream | ContextParallelStream",
     ) -> Tensor:
         """What the output layer takes, (B, T, C), for tokens (B, T) with these angles."""
         x = self.embedding(tokens)
@@ -256,4 +283,9 @@ class MoDALanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer: logits (..., vocab_size) of hidden (..., C)."""
-        return F.linear(hidden, self.embedding.weight)
+        weight = self.embedding.weight
+        if hasattr(weight, "device_mesh"):  # tensor parallelism has sharded the vocabulary
+            from torch.distributed.tensor import DTensor
+
+            hidden = DTensor.from_local(hidden, weight.device_mesh)
+        return F.linear(hidden, weight)

@@ -1,0 +1,65 @@
+"""Tensor parallelism: heads, hidden units and vocabulary shared out among the ranks of a mesh."""
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from moda_ops.nn.model import MoDALanguageModel
+
+
+def tensor_parallel(model: MoDALanguageModel, mesh: DeviceMesh) -> MoDALanguageModel:
+    """Shard a language model over a mesh of one dimension, in place, and return it.
+
+    Projections to queries, keys, values, depth slots and hidden units are sharded by columns, those
+    back by rows (arXiv 1909.08053, section 3), and the embedding by tokens of the vocabulary. So
+    each rank has H / ranks of the key/value heads, of the sequence and of the depth stream alike,
+    with the query heads that read them, and runs the operators on plain tensors. Each block sums
+    (B, T, C) over the ranks twice, in backward too, where its depth projections add up to two more
+    sums. The depth stream itself is not communicated.
+
+    Logits are a DTensor sharded over the vocabulary: take the loss under
+    :func:`torch.distributed.tensor.parallel.loss_parallel`, or ``logits.full_tensor()``.
+
+    Args:
+        model: on every rank with the same weights. ``depth`` is any but ``"attention"``, where a
+            layer's input is a row of all heads.
+        mesh: its ranks divide ``kv_heads``.
+
+    Raises:
+        ValueError: the mesh or the model's sizes do not fit.
+
+    Example:
+        >>> mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "tensor"))
+        ... # doctest: +SKIP
+        >>> tensor_parallel(model, mesh["tensor"])  # doctest: +SKIP
+        >>> for block in model.blocks:  # doctest: +SKIP
+        ...     fully_shard(block, mesh=mesh["data"])
+        >>> fully_shard(model, mesh=mesh["data"])  # doctest: +SKIP
+    """
+    config = model.config
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh must have one dimension, got {mesh.ndim}")
+    if config.depth == "attention":
+        raise ValueError("depth = 'attention' cannot be tensor parallel: an input is all heads")
+    if config.kv_heads % mesh.size():
+        raise ValueError(
+            f"mesh has {mesh.size()} ranks, which must divide kv_heads = {config.kv_heads}"
+        )
+    plan: dict[str, ParallelStyle] = {"embedding": RowwiseParallel(input_layouts=Replicate())}
+    for name, module in model.named_modules():
+        kind = name.rpartition(".")[2]
+        if kind == "out_proj":
+            plan[name] = RowwiseParallel()
+        elif kind.endswith("_proj"):
+            plan[name] = ColwiseParallel()
+        elif kind in ("q_norm", "k_norm") and getattr(module, "weight", None) is not None:
+            plan[name] = SequenceParallel(sequence_dim=2, use_local_output=True)  # over heads
+    parallelize_module(model, mesh, plan)
+    model.kv_heads = config.kv_heads // mesh.size()
+    return model
