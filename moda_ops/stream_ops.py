@@ -23,7 +23,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moda_ops import ops
-from moda_ops.checks import check_backward, check_like, check_stream_attention, check_stream_write
+from moda_ops.checks import (
+    check_backward,
+    check_like,
+    check_stream,
+    check_stream_attention,
+    check_stream_write,
+)
 from moda_ops.ops import LIBRARY, OPTIONS, Options
 
 LIBRARY.define(
@@ -32,6 +38,10 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "stream_write(Tensor k, Tensor v, Tensor buffer, Tensor token) -> Tensor token",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "stream_read(Tensor buffer, Tensor token) -> Tensor slots",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
@@ -132,6 +142,25 @@ def _write_backward(ctx: Any, dtoken: Tensor | None) -> tuple[Tensor | None, ...
         return None, None, None, None
     dk, dv = dtoken[-1].split(ctx.dims, -1)
     return dk, dv, None, dtoken[:-1]
+
+
+def _read(buffer: Tensor, token: Tensor) -> Tensor:
+    check_stream(buffer, token)
+    _check_written(buffer, token.shape[0])
+    return buffer[: token.shape[0]].clone()
+
+
+def _read_fake(buffer: Tensor, token: Tensor) -> Tensor:
+    check_stream(buffer, token)
+    return buffer.new_empty(token.shape)
+
+
+def _read_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.grad_dtype = inputs[1].dtype
+
+
+def _read_backward(ctx: Any, dslots: Tensor) -> tuple[None, Tensor]:
+    return None, dslots.to(ctx.grad_dtype)
 
 
 def _packed(x: Tensor, slots: int, D: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -346,6 +375,7 @@ def _no_double_backward(ctx: Any, *grads: Any) -> None:
 for _name, _kernel, _fake in (
     ("stream_buffer", _buffer, _buffer_fake),
     ("stream_write", _write, _write_fake),
+    ("stream_read", _read, _read_fake),
     ("stream_attention", _attention, _attention_fake),
     ("stream_attention_backward", _attention_backward, _attention_backward_fake),
 ):
@@ -354,6 +384,9 @@ for _name, _kernel, _fake in (
     torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
 torch.library.register_autograd(
     "moda::stream_write", _write_backward, setup_context=_write_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "moda::stream_read", _read_backward, setup_context=_read_setup_context, lib=LIBRARY
 )
 torch.library.register_autograd(
     "moda::stream_attention",

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.pipelining as pipelining
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.experimental import context_parallel
@@ -34,6 +36,7 @@ from moda_ops import (
 )
 from moda_ops.nn import MoDAConfig, MoDALanguageModel
 from moda_ops.nn.context_parallel import ContextParallel
+from moda_ops.nn.pipeline import PipelineStage
 from moda_ops.nn.tensor_parallel import tensor_parallel
 
 
@@ -318,3 +321,77 @@ def check_fully_sharded_context() -> None:
     tokens, targets = (context.shard(x, 1) for x in make_text())
     loss_of(model(tokens, context=context), targets).backward()
     assert_same_step(CONFIG, gradients(model))
+
+
+def check_pipeline(options: dict[str, Any], microbatches: int) -> None:
+    """Two stages that PyTorch's engine runs, the output layer's weight in both."""
+    config = replace(CONFIG, **options)
+    model, rank = make_model(config).to(device()), dist.get_rank()
+    part = PipelineStage(model, *[(0, 2), (2, 3)][rank])
+    stage = pipelining.PipelineStage(part, rank, 2, device())
+    schedule = pipelining.Schedule1F1B(stage, microbatches, loss_fn=loss_of)
+    tokens, targets = make_text()
+    schedule.step(*((tokens,) if rank == 0 else ()), target=targets if rank == 1 else None)
+    dist.all_reduce(part.embedding.weight.grad)
+    exact, plain, floor = whole_step(config)
+    mine = [("blocks.0.", "blocks.1.", "embedding."), ("blocks.2.", "embedding.", "norm.")][rank]
+    grads = {name: p.grad for name, p in part.named_parameters()}
+    assert grads.keys() == {name for name in exact if name.startswith(mine)}
+    for name, x in grads.items():
+        assert_accurate(name, x, exact[name].to(x.device), plain[name], floor[name])
+
+
+def check_activation_checkpointing() -> None:
+    """A recomputed block gathers its keys again, and writes its slots again."""
+    model, context = make_model(CONFIG).to(device()), ContextParallel()
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(block)
+    tokens, targets = (context.shard(x, 1) for x in make_text())
+    loss_of(model(tokens, context=context), targets).backward()
+    grads = {
+        name.replace("_checkpoint_wrapped_module.", ""): x for name, x in average(model).items()
+    }
+    assert_same_step(CONFIG, grads)
+
+
+def check_context_saves_no_gathered_keys() -> None:
+    """Of sequence keys, a layer saves its rank's own: a shorter sequence on fewer ranks saves as
+    much."""
+    sizes = []
+    context = ContextParallel()
+    for tokens, options in ((TOKENS, {"context": context}), (TOKENS // context.size, {})):
+        model, saved = make_model(CONFIG).to(device()), {}
+
+        def pack(x: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        part = make_text()[0][:, : tokens // (context.size if options else 1)]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            logits = model(part, **options)
+        sizes.append(sum(saved.values()))
+        del logits
+    H, D, layers = CONFIG.kv_heads, CONFIG.head_dim, CONFIG.layers
+    own = BATCH * TOKENS // context.size * H * 2 * D * 4  # bytes of a layer's keys and values
+    assert sizes[0] <= sizes[1] + layers * own * 1.5, sizes
+
+
+def check_mixed_precision(cast: bool) -> None:
+    """The stream takes the dtype that blocks compute in, and running gradients keep theirs."""
+    model, ranks = make_model(CONFIG).to(device()), dist.get_world_size()
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=cast
+    )
+    shard_blocks(model, mesh=mesh_of(ranks), mp_policy=policy)
+    tokens, targets = (x.chunk(ranks)[dist.get_rank()] for x in make_text())
+    loss_of(model(tokens).float(), targets).backward()
+    exact, _, _ = whole_step(CONFIG)
+    half = make_model(CONFIG).to(device(), torch.bfloat16)
+    loss_of(half(make_text()[0]).float(), make_text()[1]).backward()
+    for name, p in model.named_parameters():
+        assert p.dtype == p.grad.dtype == torch.float32
+        e = exact[name].to(device())
+        error, plain = (
+            (x.double() - e).norm() for x in (p.grad.full_tensor(), half.get_parameter(name).grad)
+        )
+        assert error <= 2 * plain, (name, error, plain)

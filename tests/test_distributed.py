@@ -1,9 +1,12 @@
 """Two processes against one: DTensor, tensor, data, context and pipeline parallelism."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import distributed_checks as checks
+from moda_ops.nn.pipeline import PipelineStage
 from ranks import Ranks
 
 
@@ -125,3 +128,42 @@ def test_tensor_parallel_and_fully_sharded(ranks, data):
 
 def test_context_parallel_and_fully_sharded(ranks):
     ranks(checks.check_fully_sharded_context)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION, {"depth": "residual"}], ids=str)
+def test_pipeline(ranks, options, microbatches):
+    ranks(checks.check_pipeline, options, microbatches)
+
+
+def test_context_parallel_recomputes(ranks):
+    ranks(checks.check_activation_checkpointing)
+
+
+def test_context_parallel_saves_no_gathered_keys(ranks):
+    ranks(checks.check_context_saves_no_gathered_keys)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_fully_sharded_mixed_precision(ranks, cast):
+    ranks(checks.check_mixed_precision, cast)
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=str)
+def test_stages_in_one_process(options):
+    """Three stages, one of which neither takes tokens nor returns logits."""
+    config = replace(checks.CONFIG, **options)
+    whole, parted = (checks.make_model(config, torch.float64) for _ in range(2))
+    tokens = torch.randint(config.vocab_size, (2, 9), generator=torch.Generator())
+    x = (tokens,)
+    for i in range(3):
+        x = PipelineStage(parted, i, i + 1)(*x)
+    expected = whole(tokens)
+    torch.testing.assert_close(x, expected)
+    dlogits = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(x, list(parted.parameters()), dlogits),
+        torch.autograd.grad(expected, list(whole.parameters()), dlogits),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)

@@ -200,19 +200,21 @@ class _Attend(torch.autograd.Function):
             outs.append(out)
             lses.append(lse)
             after.append(token)
-        ctx.save_for_backward(q, kv, *buffers, *outs, *lses)
+        whole = torch.cat(outs, 1)  # what the output projection saves, too
+        ctx.save_for_backward(q, kv, whole, *buffers, *lses)
         ctx.context, ctx.options = context, options
         ctx.slots, ctx.grad_dtype = [x.shape[0] for x in tokens], tokens[0].dtype
         ctx.set_materialize_grads(False)
-        return torch.cat(outs, 1), *after
+        return whole, *after
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *dtokens: Tensor | None) -> tuple[Any, ...]:
         if dout is None:
             return None, None, None, None, None, dtokens[0], None, dtokens[1]
-        q, kv, *saved = ctx.saved_tensors
-        buffers, outs, lses = saved[:2], saved[2:4], saved[4:]
+        q, kv, out, *saved = ctx.saved_tensors
+        buffers, lses = saved[:CHUNKS], saved[CHUNKS:]
+        outs = [x.contiguous() for x in out.chunk(CHUNKS, 1)]
         D, (B, n, H, E) = q.shape[-1], kv.shape
         dkeys = kv.new_zeros(B, n * ctx.context.size, H, E)
         dqs, before = [], []

@@ -230,13 +230,8 @@ class MoDALanguageModel(nn.Module):
         return self._allocate(batch, tokens) if self.config.depth_slots() else DepthSlots()
 
     def _allocate(self, batch: int, tokens: int) -> DepthStream:
-        slots, weight = self.config.depth_slots(), self.embedding.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = None if autocast else weight.dtype
-        head_dim, device = self.config.head_dim, weight.device
-        return DepthStream.allocate(
-            slots, batch, tokens, self.kv_heads, head_dim, dtype=dtype, device=device
-        )
+        shape = self.config.depth_slots(), batch, tokens, self.kv_heads, self.config.head_dim
+        return allocate_stream(*shape, like=self.embedding.weight)
 
     def forward(
         self,
@@ -283,9 +278,23 @@ class MoDALanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer: logits (..., vocab_size) of hidden (..., C)."""
-        weight = self.embedding.weight
-        if hasattr(weight, "device_mesh"):  # tensor parallelism has sharded the vocabulary
-            from torch.distributed.tensor import DTensor
+        return output_layer(hidden, self.embedding.weight)
 
-            hidden = DTensor.from_local(hidden, weight.device_mesh)
-        return F.linear(hidden, weight)
+
+def output_layer(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits (..., vocab_size) of hidden (..., C) and weight (vocab_size, C)."""
+    if hasattr(weight, "device_mesh"):  # tensor parallelism has sharded the vocabulary
+        from torch.distributed.tensor import DTensor
+
+        hidden = DTensor.from_local(hidden, weight.device_mesh)
+    return F.linear(hidden, weight)
+
+
+def allocate_stream(
+    slots: int, batch: int, tokens: int, kv_heads: int, head_dim: int, *, like: Tensor
+) -> DepthStream:
+    """An empty stream for what a model with this weight computes, under autocast or without."""
+    dtype = None if torch.is_autocast_enabled(like.device.type) else like.dtype
+    return DepthStream.allocate(
+        slots, batch, tokens, kv_heads, head_dim, dtype=dtype, device=like.device
+    )
