@@ -1,9 +1,16 @@
 """What every rank runs in ``test_distributed.py``: a sharded computation against a whole one."""
 
+import contextlib
+import importlib
+import io
+import pathlib
+import sys
 import warnings
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -298,6 +305,19 @@ def check_tensor_parallel(options: dict[str, Any], data: int | None = None) -> N
     assert_same_step(config, gradients(model))
 
 
+def check_tensor_parallel_communication(options: dict[str, Any], backward: int) -> None:
+    """Sums over the ranks: two per block in forward, ``backward`` in all in backward."""
+    config = replace(CONFIG, **options)
+    model, (tokens, targets) = make_model(config).to(device()), make_text()
+    tensor_parallel(model, mesh_of(dist.get_world_size()))
+    with CommDebugMode() as seen:
+        logits = model(tokens)
+    assert counts(seen) == {"all_reduce": 1 + 2 * config.layers}  # one for the embedding
+    with CommDebugMode() as seen:
+        logits.backward(torch.ones_like(logits))
+    assert counts(seen) == {"all_reduce": 1 + backward}  # one for the output layer
+
+
 def shard_blocks(model: MoDALanguageModel, **options: Any) -> None:
     for block in model.blocks:
         fully_shard(block, **options)
@@ -395,3 +415,22 @@ def check_mixed_precision(cast: bool) -> None:
             (x.double() - e).norm() for x in (p.grad.full_tensor(), half.get_parameter(name).grad)
         )
         assert error <= 2 * plain, (name, error, plain)
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def check_script(path: str, *arguments: str) -> None:
+    """The script's ``main`` in the processes that there are."""
+    sys.path.insert(0, str((ROOT / path).parent))
+    script = importlib.import_module(pathlib.Path(path).stem)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    with (
+        mock.patch.object(script, "start", device),
+        mock.patch.object(torch.cuda, "is_available", lambda: device().type == "cuda"),
+        mock.patch.object(dist, "destroy_process_group"),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        script.main(list(arguments))
+    losses = [float(line.split()[-1]) for line in printed.getvalue().splitlines() if "loss" in line]
+    assert all(b < a / 2 for a, b in pairwise(losses)), losses

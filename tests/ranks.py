@@ -13,15 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 120  # for one call; the first one loads PyTorch in every process
+SECONDS = 240  # for one call; the first one loads PyTorch, and on a GPU compiles kernels
 
 
 def _serve(rank: int, size: int, backend: str, store: str, calls: Any, answers: Any) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
+    device = torch.device("cuda", rank) if backend == "nccl" else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, device_id=device
+    )
     while (call := calls.get()) is not None:
         module, name, args = call
         try:

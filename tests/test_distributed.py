@@ -1,12 +1,18 @@
 """Two processes against one: DTensor, tensor, data, context and pipeline parallelism."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 import distributed_checks as checks
+from moda_ops.nn.context_parallel import ContextParallel
 from moda_ops.nn.pipeline import PipelineStage
+from moda_ops.nn.tensor_parallel import tensor_parallel
 from ranks import Ranks
 
 
@@ -115,6 +121,15 @@ def test_tensor_parallel(ranks, options):
     ranks(checks.check_tensor_parallel, options)
 
 
+@pytest.mark.parametrize(
+    ("options", "backward"),
+    [({"depth": "kv"}, 6), ({}, 6 + 2), ({"depth": "kv+ffn+attn"}, 6 + 4)],  # of three blocks
+    ids=str,
+)
+def test_tensor_parallel_communication(ranks, options, backward):
+    ranks(checks.check_tensor_parallel_communication, options, backward)
+
+
 @pytest.mark.parametrize("functional", [False, True])
 @pytest.mark.parametrize("options", [{}, {"depth": "attention"}], ids=str)
 def test_fully_sharded(ranks, options, functional):
@@ -167,3 +182,82 @@ def test_stages_in_one_process(options):
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["docs/examples/train_parallel.py", "--tensor", "2"],
+        ["docs/examples/train_parallel.py"],
+        ["docs/examples/train_pipeline.py"],
+        ["tests/benchmarks/parallel_step.py", "--depths", "kv+ffn"],
+    ],
+    ids=lambda command: "".join(command[-2:]),
+)
+def test_scripts(ranks, command):
+    if ranks.backend == "nccl" and "benchmarks" in command[0]:
+        pytest.skip("full size on GPUs: run it by itself")
+    ranks(checks.check_script, *command)
+
+
+def test_example_under_torchrun(device):
+    """As the documentation starts it; on a free port."""
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    root = checks.ROOT
+    script = root / "docs" / "examples" / "train_parallel.py"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join(str(root / folder) for folder in (".", "kernels", "reference"))
+    result = subprocess.run(
+        [sys.executable, *launch, str(script), "--context", "2", "--steps", "20"],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    first, last = (float(line.split()[-1]) for line in result.stdout.splitlines())
+    assert last < first / 2
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_errors(alone):
+    config = checks.CONFIG
+    model = checks.make_model(config)
+    other = checks.make_model(replace(config, depth="attention"))
+    plane = init_device_mesh("cpu", (1, 1))
+    context = ContextParallel()
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    stream = model.stream(1, 2)
+    parts = context.stream(stream, model.stream(1, 2))
+    q, k = torch.zeros(1, 3, 6, 6), torch.zeros(1, 3, 2, 6)
+    for text, call in (
+        ("mesh must have one dimension, got 2", lambda: tensor_parallel(model, plane)),
+        ("depth = 'attention' cannot be tensor", lambda: tensor_parallel(other, alone)),
+        ("depth = 'attention' cannot be a pipe", lambda: PipelineStage(other, 0, 1)),
+        ("first = 2 and last = 2 must be a range", lambda: PipelineStage(model, 2, 2)),
+        ("x has 5 tokens, which must be a multip", lambda: context.shard(torch.zeros(5), 0)),
+        ("stream must be None if context is give", lambda: model(tokens, stream, context=context)),
+        ("nothing is written since the last read", lambda: parts.attend(q)),
+        ("q and k must have this rank's two chun", lambda: parts.attend(q, k, k)),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
+    with pytest.raises(TypeError, match=r"k must be a torch\.Tensor"):
+        parts.write(None, k)
+    with pytest.raises(TypeError, match="scale must be a number"):
+        parts.attend(q, k, k, scale="1")
+
+
+def test_one_rank_is_the_model(alone):
+    model, tokens = checks.make_model(checks.CONFIG), torch.arange(12).view(1, 12)
+    torch.testing.assert_close(model(tokens, context=ContextParallel()), model(tokens))

@@ -5,12 +5,18 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
+    PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
 )
 
+from moda_ops.nn.layers import DepthProjection, FeedForward, MoDAAttention
 from moda_ops.nn.model import MoDALanguageModel
+
+
+# Of forward. One input for all of a module's projections sums their gradients before the ranks do.
+ARGUMENTS = {MoDAAttention: 3, FeedForward: 1, DepthProjection: 2}
 
 
 def tensor_parallel(model: MoDALanguageModel, mesh: DeviceMesh) -> MoDALanguageModel:
@@ -20,8 +26,8 @@ def tensor_parallel(model: MoDALanguageModel, mesh: DeviceMesh) -> MoDALanguageM
     back by rows (arXiv 1909.08053, section 3), and the embedding by tokens of the vocabulary. So
     each rank has H / ranks of the key/value heads, of the sequence and of the depth stream alike,
     with the query heads that read them, and runs the operators on plain tensors. Each block sums
-    (B, T, C) over the ranks twice, in backward too, where its depth projections add up to two more
-    sums. The depth stream itself is not communicated.
+    (B, T, C) over the ranks twice; in backward too, and once more for each of its depth
+    projections. The depth stream itself is not communicated.
 
     Logits are a DTensor sharded over the vocabulary: take the loss under
     :func:`torch.distributed.tensor.parallel.loss_parallel`, or ``logits.full_tensor()``.
@@ -54,7 +60,10 @@ def tensor_parallel(model: MoDALanguageModel, mesh: DeviceMesh) -> MoDALanguageM
     plan: dict[str, ParallelStyle] = {"embedding": RowwiseParallel(input_layouts=Replicate())}
     for name, module in model.named_modules():
         kind = name.rpartition(".")[2]
-        if kind == "out_proj":
+        if type(module) in ARGUMENTS:
+            layouts = (Replicate(), *[None] * (ARGUMENTS[type(module)] - 1))
+            plan[name] = PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
+        elif kind == "out_proj":
             plan[name] = RowwiseParallel()
         elif kind.endswith("_proj"):
             plan[name] = ColwiseParallel()
