@@ -14,7 +14,6 @@ from torch.distributed.tensor.parallel import (
 from moda_ops.nn.layers import DepthProjection, FeedForward, MoDAAttention
 from moda_ops.nn.model import MoDALanguageModel
 
-
 # Of forward. One input for all of a module's projections sums their gradients before the ranks do.
 ARGUMENTS = {MoDAAttention: 3, FeedForward: 1, DepthProjection: 2}
 
