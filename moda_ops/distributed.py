@@ -17,18 +17,22 @@ not at all      on every rank          none
 A gradient comes back as its argument was placed, and replicated where that was a pending sum. Only
 shards are saved for backward, never the gathered k and v. Every rank has as many tokens as
 ``torch.chunk`` gives it, so that under a causal mask the last rank has most to do:
-:mod:`moda_ops.nn.context_parallel` balances that.
+:class:`moda_ops.nn.context_parallel.ContextParallel` balances that.
 
 This is a rule for ``torch_dispatch`` and not a sharding strategy, because a strategy
 (:func:`torch.distributed.tensor.experimental.register_sharding`) may take lists of tensors but not
 return a list beside other tensors, as the backward operators do (torch 2.11 and 2.13).
 
 Example:
-    >>> from torch.distributed.tensor import DTensor
+    >>> import torch.distributed as dist
+    >>> from torch.distributed.tensor import distribute_tensor, init_device_mesh
     >>> import moda_ops.distributed
-    >>> q = k = v = DTensor.from_local(torch.randn(2, 5, 4, 8), mesh, [Shard(2)])  # doctest: +SKIP
-    >>> moda_ops.moda_attention(q, k, v, [k], [v]).placements  # doctest: +SKIP
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> mesh = init_device_mesh("cpu", (1,))
+    >>> x = distribute_tensor(torch.randn(2, 5, 4, 8), mesh, [Shard(2)])
+    >>> moda_ops.moda_attention(x, x, x, [x, x], [x, x]).placements
     (Shard(dim=2),)
+    >>> dist.destroy_process_group()
 """
 
 import math
