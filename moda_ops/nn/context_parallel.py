@@ -32,11 +32,20 @@ class ContextParallel:
     Args:
         group: of the ranks that share sequences; default: all ranks.
 
+    Raises:
+        ValueError: this process is not a member of the group.
+
     Example:
-        >>> context = ContextParallel(mesh.get_group("context"))  # doctest: +SKIP
-        >>> local, targets = (context.shard(x, 1) for x in (tokens, targets))  # doctest: +SKIP
-        >>> logits = model(local, context=context)  # doctest: +SKIP
-        >>> loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # doctest: +SKIP
+        >>> from moda_ops.nn import MoDAConfig, MoDALanguageModel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> config = MoDAConfig(
+        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        ... )
+        >>> model, tokens = MoDALanguageModel(config), torch.randint(256, (1, 8))
+        >>> context = ContextParallel()
+        >>> model(context.shard(tokens, 1), context=context).shape
+        torch.Size([1, 8, 256])
+        >>> dist.destroy_process_group()
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:

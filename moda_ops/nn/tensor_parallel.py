@@ -40,12 +40,18 @@ def tensor_parallel(model: MoDALanguageModel, mesh: DeviceMesh) -> MoDALanguageM
         ValueError: the mesh or the model's sizes do not fit.
 
     Example:
-        >>> mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "tensor"))
-        ... # doctest: +SKIP
-        >>> tensor_parallel(model, mesh["tensor"])  # doctest: +SKIP
-        >>> for block in model.blocks:  # doctest: +SKIP
-        ...     fully_shard(block, mesh=mesh["data"])
-        >>> fully_shard(model, mesh=mesh["data"])  # doctest: +SKIP
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from moda_ops.nn import MoDAConfig
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> config = MoDAConfig(
+        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        ... )
+        >>> model = tensor_parallel(MoDALanguageModel(config), init_device_mesh("cpu", (1,)))
+        >>> model(torch.randint(256, (1, 5))).placements
+        (Shard(dim=2),)
+        >>> dist.destroy_process_group()
     """
     config = model.config
     if mesh.ndim != 1:
