@@ -167,6 +167,8 @@ def chunk_attention(
 ) -> tuple[Tensor, Tensor]:
     """As ``attention``, causal, over the depth of a token's chunk."""
     p = problem(q, k, v, k_depth, scale, left, 0, softcap)
+    if p.T * p.L >= 2**31:  # the kernels number a chunk's (token, slot) pairs in 32 bits
+        raise ValueError(f"k_depth must have fewer than 2**31 pairs of token and slot, got T = {p.T} and L = {p.L}")
     if q.numel() == 0 or p.L == 0 or chunk_size == 1:
         return attention(q, k, v, k_depth, v_depth, scale, left, 0, softcap, "fused")
     with torch.cuda.device_of(q):
