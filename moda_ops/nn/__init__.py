@@ -13,7 +13,7 @@ batch, T tokens, C width, HQ query heads, H key/value heads, D head dimension.
 """
 
 from moda_ops.nn.cache import CachedStream, KVCache
-from moda_ops.nn.config import Depth, MoDAConfig, Norm
+from moda_ops.nn.config import BlockConfig, Depth, MoDAConfig, Norm
 from moda_ops.nn.generation import decode_step, generate, prefill, token_probabilities
 from moda_ops.nn.layers import (
     DepthAttention,
@@ -26,9 +26,10 @@ from moda_ops.nn.layers import (
     rotary_angles,
     rotate,
 )
-from moda_ops.nn.model import DepthAttentionBlock, MoDABlock, MoDALanguageModel
+from moda_ops.nn.model import DepthAttentionBlock, MoDABlock, MoDALanguageModel, MoDATransformer
 
 __all__ = [
+    "BlockConfig",
     "CachedStream",
     "Depth",
     "DepthAttention",
@@ -40,6 +41,7 @@ __all__ = [
     "MoDABlock",
     "MoDAConfig",
     "MoDALanguageModel",
+    "MoDATransformer",
     "Norm",
     "RMSNorm",
     "Rotary",
