@@ -167,17 +167,22 @@ class MoDATransformer(nn.Module):
         The 2 * layers matrices that write to the residual stream get 1/sqrt(2 * layers) of that
         (Radford et al. 2019, section 2.3). Biases are 0, gains 1.
         """
-        sums = 1 if self.config.depth == "attention" else 2 * self.config.layers
         for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.Linear):
-                fan_in = module.in_features * (sums if name.endswith("out_proj") else 1)
-                nn.init.normal_(module.weight, std=fan_in**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm):
-                module.reset_parameters()
+            self.reset_module(name, module)
+
+    @torch.no_grad()
+    def reset_module(self, name: str, module: nn.Module) -> None:
+        """The same for the parameters of one module, without those of its children."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Linear):
+            sums = 1 if self.config.depth == "attention" else 2 * self.config.layers
+            fan_in = module.in_features * (sums if name.endswith("out_proj") else 1)
+            nn.init.normal_(module.weight, std=fan_in**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            module.reset_parameters()
 
     def num_parameters(self) -> int:
         """Parameters, an embedding that is also the output layer counted once."""
