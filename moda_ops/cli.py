@@ -99,7 +99,7 @@ def demo(
 @device_option
 def digits(output: Path, steps: int, seeds: int, device: torch.device) -> None:
     """Train image classifiers with and without depth on scikit-learn's digits."""
-    require("vision", "sklearn", "tqdm")
+    require("digits", "sklearn", "tqdm")
     from moda_ops.digits import DEPTHS, run
 
     make_folder(output)

@@ -108,9 +108,7 @@ def run(
         for seed in range(seeds):
             for depth in depths:
                 bar.set_postfix_str(f"{depth}, seed {seed}")
-                _, share = train(
-                    depth, steps=steps, seed=seed, device=device, advance=bar.update
-                )
+                _, share = train(depth, steps=steps, seed=seed, device=device, advance=bar.update)
                 results[depth].append(100 * share)
     content = {"config": asdict(CONFIG), "steps": steps, "held_out_accuracy_percent": results}
     unfinished = output / f"{FILE}.tmp"
