@@ -48,8 +48,8 @@ class MoDAConfig(PretrainedConfig):
     row 4.
 
     Args:
-        vocab_size, layers, width, heads, kv_heads, head_dim, hidden, depth, norm, qk_norm, bias,
-            write_last, rope_base: see :class:`moda_ops.nn.MoDAConfig`.
+        vocab_size: number of tokens. It and all up to ``rope_base`` are those of
+            :class:`moda_ops.nn.MoDAConfig`.
         use_cache: whether a forward pass without gradients makes a cache, unless told.
         pad_token_id, bos_token_id, eos_token_id: for ``generate``; None for none.
         tie_word_embeddings: True: the output layer is the transposed embedding.

@@ -48,7 +48,7 @@ class VisionConfig(BlockConfig):
 
     @property
     def tokens(self) -> int:
-        """T: the patches and the class token, which comes last."""
+        """T, the number of patches and the class token, which comes last."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
@@ -62,6 +62,7 @@ class PatchEmbedding(nn.Module):
         ...     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64, image_size=8,
         ...     patch_size=2, channels=1, classes=10,
         ... )
+        >>> import torch
         >>> PatchEmbedding(config)(torch.randn(3, 1, 8, 8)).shape
         torch.Size([3, 17, 32])
     """
@@ -88,6 +89,7 @@ class MoDAClassifier(MoDATransformer):
         ...     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64, image_size=8,
         ...     patch_size=2, channels=1, classes=10, norm="pre",
         ... )
+        >>> import torch
         >>> MoDAClassifier(config)(torch.randn(3, 1, 8, 8)).shape
         torch.Size([3, 10])
     """
