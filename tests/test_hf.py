@@ -289,6 +289,19 @@ def test_prompts_in_chunks() -> None:
     assert torch.equal(chunked, greedy(model))
 
 
+@torch.no_grad()
+def test_a_cropped_cache_goes_on_from_there() -> None:
+    model = make_model().eval()
+    ids, mask = padded(PROMPTS, "left")
+    cache = model(ids, mask).past_key_values
+    model(IDS[:1].expand(3, 4), past_key_values=cache)
+    cache.crop(-4)
+    assert cache.get_seq_length() == ids.shape[1]
+    logits = model(torch.full((3, 1), 4), past_key_values=cache).logits
+    for row, text in zip(logits, PROMPTS, strict=True):
+        assert_close(row[0], model(torch.tensor([[*text, 4]])).logits[0, -1])
+
+
 @every_depth
 @torch.no_grad()
 def test_a_cache_is_continued_with_padded_turns(depth: nn.Depth) -> None:
@@ -384,7 +397,9 @@ def test_trainer_takes_the_steps_of_a_hand_written_loop(tmp_path: Path) -> None:
     for step in (batches[:2], batches[2:]):
         items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step)
         for batch in step:
-            by_hand(**batch, num_items_in_batch=items).loss.backward()
+            logits = by_hand(batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+            targets = batch["labels"][:, 1:].flatten()
+            (F.cross_entropy(logits, targets, reduction="sum") / items).backward()
         optimizer.step()
         optimizer.zero_grad()
 
