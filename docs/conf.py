@@ -29,4 +29,4 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(torch|numpy|np|npt|collections)\..*")]
+nitpick_ignore_regex = [(r"py:.*", r"(torch|transformers|numpy|np|npt|collections)\..*")]

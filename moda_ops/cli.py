@@ -1,4 +1,4 @@
-"""The command line: ``moda-ops demo``, ``moda-ops bench`` and ``moda-ops doctor``."""
+"""The command line: ``moda-ops demo``, ``digits``, ``bench`` and ``doctor``."""
 
 import sys
 from importlib.util import find_spec
@@ -84,6 +84,32 @@ def demo(
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
+    default=Path("out/digits"),
+    show_default=True,
+    help="Folder for digits.json.",
+)
+@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Train with seeds 0 to N - 1.",
+)
+@device_option
+def digits(output: Path, steps: int, seeds: int, device: torch.device) -> None:
+    """Train image classifiers with and without depth on scikit-learn's digits."""
+    require("digits", "sklearn", "tqdm")
+    from moda_ops.digits import DEPTHS, run
+
+    make_folder(output)
+    run(output, depths=DEPTHS, steps=steps, seeds=seeds, device=device, echo=click.echo)
+
+
+@main.command()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
     default=Path("out/bench"),
     show_default=True,
     help="Folder for bench.json and the plots.",
@@ -132,10 +158,7 @@ def bench(
                 f"{name!r} is not among the contenders here: {', '.join(known)}",
                 param_hint="--only",
             )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.ClickException(f"cannot write to --output: {error}") from None
+    make_folder(output)
     on_cpu = device.type == "cpu"
     right = run(
         output,
@@ -147,6 +170,13 @@ def bench(
         echo=click.echo,
     )
     sys.exit(0 if right else 1)
+
+
+def make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"cannot write to --output: {error}") from None
 
 
 def require(extra: str, *modules: str) -> None:

@@ -246,5 +246,5 @@ def test_commands_are_described() -> None:
     result = moda_ops("--help")
     assert result.exit_code == 0
     assert isinstance(cli.main, click.Group)
-    assert sorted(cli.main.commands) == ["bench", "demo", "doctor"]
+    assert sorted(cli.main.commands) == ["bench", "demo", "digits", "doctor"]
     assert all(name in result.stdout for name in cli.main.commands)

@@ -187,12 +187,11 @@ def test_stages_in_one_process(options):
 @pytest.mark.parametrize(
     "command",
     [
-        ["docs/examples/train_parallel.py", "--tensor", "2"],
-        ["docs/examples/train_parallel.py"],
-        ["docs/examples/train_pipeline.py"],
+        ["docs/examples/train_parallel.py", "--steps=20", "--tensor=2"],
+        ["docs/examples/train_pipeline.py", "--steps=20"],
         ["tests/benchmarks/parallel_step.py", "--depths", "kv+ffn"],
     ],
-    ids=lambda command: "".join(command[-2:]),
+    ids=lambda command: command[0],
 )
 def test_scripts(ranks, command):
     if ranks.backend == "nccl" and "benchmarks" in command[0]:
@@ -248,6 +247,7 @@ def test_errors(alone):
         ("x has 5 tokens, which must be a multip", lambda: context.shard(torch.zeros(5), 0)),
         ("stream must be None if context is give", lambda: model(tokens, stream, context=context)),
         ("nothing is written since the last read", lambda: parts.attend(q)),
+        ("causal must be True under context para", lambda: parts.attend(q, k, k, causal=False)),
         ("q and k must have this rank's two chun", lambda: parts.attend(q, k, k)),
     ):
         with pytest.raises(ValueError, match=text):

@@ -32,9 +32,18 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_importing_moda_ops_loads_no_kernels():
     # PyTorch itself decides whether it loads Triton, so Triton must be what plain torch loads.
-    extra = loaded_by("import moda_ops") - loaded_by("import torch")
+    extra = loaded_by("import moda_ops, moda_ops.nn") - loaded_by("import torch")
     assert "moda_ops" in extra
     assert not extra & {"triton", "moda_kernels", "moda_reference", "click", "matplotlib", "tqdm"}
+    assert not extra & {"transformers", "safetensors", "sklearn"}
+
+
+def test_hf_without_transformers_names_the_extra():
+    code = "import sys; sys.modules['transformers'] = None; import moda_ops.hf"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    expected = "ImportError: moda_ops.hf needs transformers: pip install 'moda-ops[hf]'"
+    assert result.stderr.splitlines()[-1] == expected
 
 
 def test_cpu_tensors_never_load_the_kernels():

@@ -324,7 +324,7 @@ class Dense:
         angles = rotary_angles(torch.arange(length), self.config.head_dim, self.config.rope_base)
         dtype = model.embedding.weight.dtype  # of the rotation, not of its float32 angles
         self.turn = torch.complex(*angles).squeeze(1).to(dtype.to_complex())
-        self.future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        self.future = torch.full((length, length), self.config.causal).triu(1)
 
     def unit(self, x: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -484,6 +484,17 @@ def test_logits_and_gradients_against_a_dense_computation(
             floor = units * (floor + (plain - exact).abs().max().item())
             plain = exact + units * (plain - exact)
         assert_accurate(name, x, exact, plain, floor)
+
+
+@every_stream
+@every_norm
+@every_depth
+def test_every_token_sees_all_if_not_causal(depth: Depth, norm: Norm, kind: Kind) -> None:
+    model, tokens = make_model(depth=depth, norm=norm, causal=False).double(), tokens_like(2, 13)
+    expected = logits_and_gradients(model, Dense(model, 13).logits, tokens)
+    actual = logits_and_gradients(model, lambda x: model(x, begin(model, kind, *x.shape)), tokens)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)  # sums of float32 rotations
 
 
 @every_stream

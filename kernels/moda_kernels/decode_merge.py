@@ -2,7 +2,7 @@
 
     lse = log sum_s exp lse_s,   out = sum_s e^(lse_s - lse) out_s
 
-A program owns one row (b, t, h) and takes BLOCK_S parts at a time. Parts with lse_s = -inf are not read.
+A program owns one row (b, t, h) and takes BLOCK_S parts at a time. An empty part has out_s = 0.
 """
 
 import torch
@@ -32,10 +32,11 @@ def _moda_decode_merge_kernel(
     acc = tl.zeros([1, BLOCK_DV], tl.float32)
     for start in range(0, splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        scores = tl.load(lses_ptr + offs_s * n_rows + lse_row, mask=offs_s < splits, other=float("-inf")) * LOG2E
+        part_ok = offs_s < splits
+        scores = tl.load(lses_ptr + offs_s * n_rows + lse_row, mask=part_ok, other=float("-inf")) * LOG2E
         m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores[None, :])
         parts = outs_ptr + (offs_s * n_rows + row) * DV
-        part = load_rows(parts[:, None] + offs_dv[None, :], scores > float("-inf"), offs_dv, DV)  # [BLOCK_S, BLOCK_DV]
+        part = load_rows(parts[:, None] + offs_dv[None, :], part_ok, offs_dv, DV)  # [BLOCK_S, BLOCK_DV]
         acc = acc * alpha[:, None] + tl.sum(tl.trans(p) * part, 0, keep_dims=True)
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
     columns = offs_dv[None, :]
@@ -45,9 +46,10 @@ def _moda_decode_merge_kernel(
 
 @prepared
 def _prepare(p: Problem, splits: int, out: Layout) -> Launch:
+    BLOCK_DV = tuning.block_dim(p.DV)
     return Launch(
         _moda_decode_merge_kernel, p.B * p.T * p.H * p.G, p.B, p.T, p.H * p.G, splits,
-        DV=p.DV, BLOCK_S=16, BLOCK_DV=tuning.block_dim(p.DV), num_warps=2,
+        DV=p.DV, BLOCK_S=4096 // BLOCK_DV, BLOCK_DV=BLOCK_DV, num_warps=2,
     )  # fmt: skip
 
 

@@ -8,6 +8,10 @@ see, both of the cache's keys and of the depth slots, and leaves that part's sof
 for moda_kernels.decode_merge to put together; with one split they are the result. A part is a share of a
 sequence's actual length, read on the device, so that the launch is the same for all lengths. A part that
 is empty has lse_s = -inf and out_s = 0.
+
+New keys and values go to the end of the sequence first, k_cache[b, len_b + t] = k_new[b, t], each written by
+the programs that will read it: every token sees itself, so none is left out, and a program that waits for
+its own writes need not wait for another's. A token for which there is no room, or no page, is dropped.
 """
 
 import torch
@@ -29,6 +33,33 @@ from moda_kernels.common import (
 from moda_kernels.forward_depth import attend_depth
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
+
+
+@triton.jit
+def _append(
+    k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_new_strides, v_new_strides, k_strides, v_strides, table_ptr, table_stride,
+    pages, b, j, origin, begin, end, T, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Write the new tokens, at origin.., whose positions are begin..end."""
+    BLOCK_T: tl.constexpr = 16
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    for start in range(0, T, BLOCK_T):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        positions = origin + offs_t
+        fits = (offs_t < T) & (positions >= begin) & (positions < end)
+        page, place, fits = cache_places(table_ptr, table_stride, b, positions, fits, pages, PAGE_SIZE)
+        t = offs_t.to(tl.int64)
+        k_rows = k_new_ptr + b * k_new_strides[0] + t * k_new_strides[1] + j * k_new_strides[2]
+        k = load_rows(k_rows[:, None] + offs_d[None, :], fits, offs_d, D)  # [BLOCK_T, BLOCK_D]
+        k_rows = k_ptr + page * k_strides[0] + place * k_strides[1] + j * k_strides[2]
+        tl.store(k_rows[:, None] + offs_d[None, :], k, mask=fits[:, None] & (offs_d < D)[None, :])
+        v_rows = v_new_ptr + b * v_new_strides[0] + t * v_new_strides[1] + j * v_new_strides[2]
+        v = load_rows(v_rows[:, None] + offs_dv[None, :], fits, offs_dv, DV)
+        v_rows = v_ptr + page * v_strides[0] + place * v_strides[1] + j * v_strides[2]
+        tl.store(v_rows[:, None] + offs_dv[None, :], v, mask=fits[:, None] & (offs_dv < DV)[None, :])
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -83,10 +114,11 @@ def _attend_cache(
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=["table_stride", "left", "new", "B", "T", "S", "L", "pages", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "left", "B", "T", "S", "L", "pages", "splits"])
 def _moda_decode_split_kernel(
-    q_ptr, k_ptr, v_ptr, k_depth, v_depth, seqlens_ptr, table_ptr, outs_ptr, lses_ptr,
-    q_strides, k_strides, v_strides, table_stride, scale, left, softcap, new, B, T, S, L, H, pages, splits,
+    q_ptr, k_ptr, v_ptr, k_depth, v_depth, k_new_ptr, v_new_ptr, seqlens_ptr, table_ptr, outs_ptr, lses_ptr,
+    q_strides, k_strides, v_strides, k_new_strides, v_new_strides, table_stride, scale, left, softcap,
+    B, T, S, L, H, pages, splits,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr, ALIGNED: tl.constexpr,
@@ -112,15 +144,24 @@ def _moda_decode_split_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    origin = tl.load(seqlens_ptr + b) + new - T  # the first token's position
+    origin = tl.load(seqlens_ptr + b)  # the first token's position
+    if k_new_ptr is None:
+        origin -= T
     first = origin + first_token
     begin, _, _, end = key_range(None, first, origin + last_token, S, S, left, 0, BLOCK_N)
     lowest = 0 if left is None else first - left
     share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), splits) * BLOCK_N
     begin += split * share
+    end = tl.minimum(begin + share, end)
+    if k_new_ptr is not None:
+        if (origin < end) & (origin + T > begin):
+            _append(
+                k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_new_strides, v_new_strides, k_strides, v_strides,
+                table_ptr, table_stride, pages, b, j, origin, begin, end, T, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE,
+            )  # fmt: skip
     m_i, l_i, acc = _attend_cache(
         q, m_i, l_i, acc, k_ptr, v_ptr, k_strides, v_strides, table_ptr, table_stride, pages, b, j,
-        begin, lowest, tl.minimum(begin + share, end), origin + offs_t, scale, left, softcap, D, DV, BLOCK_N, PAGE_SIZE,
+        begin, lowest, end, origin + offs_t, scale, left, softcap, D, DV, BLOCK_N, PAGE_SIZE,
     )  # fmt: skip
 
     if k_depth is not None:
@@ -145,14 +186,14 @@ def _moda_decode_split_kernel(
 
 @prepared
 def _prepare(
-    p: Problem, tile: tuning.Tile, splits: int, new: int, q: Layout, k: Layout, v: Layout, seqlens: Layout,
-    table: Layout | None, depth: DepthLayout,
+    p: Problem, tile: tuning.Tile, splits: int, q: Layout, k: Layout, v: Layout, k_new: Layout | None,
+    v_new: Layout | None, seqlens: Layout, table: Layout | None, depth: DepthLayout,
 ) -> Launch:  # fmt: skip
     depth_tile = tuning.decode_depth(q.device, q.dtype, p.G, p.D, p.DV, tile.BLOCK_M)
     return Launch(
         _moda_decode_split_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H * splits,
-        q.strides[:3], k.strides[:3], v.strides[:3], table.strides[0] if table else 0, p.scale, p.left, p.softcap,
-        new, p.B, p.T, p.S, p.L, p.H, k.shape[0], splits,
+        q.strides[:3], k.strides[:3], v.strides[:3], k_new and k_new.strides[:3], v_new and v_new.strides[:3],
+        table.strides[0] if table else 0, p.scale, p.left, p.softcap, p.B, p.T, p.S, p.L, p.H, k.shape[0], splits,
         G=p.G, D=p.D, DV=p.DV, PAGE_SIZE=k.shape[1] if table else 0,
         BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
         ALIGNED=depth.aligned, **tile._asdict(), **depth_tile._asdict(),
@@ -161,20 +202,22 @@ def _prepare(
 
 def launch_decode_split(
     p: Problem, q: Tensor, k_cache: Tensor, v_cache: Tensor, k_depth: list[Tensor], v_depth: list[Tensor],
-    cache_seqlens: Tensor, block_table: Tensor | None, new: int,
+    k_new: Tensor | None, v_new: Tensor | None, cache_seqlens: Tensor, block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Parts' outs (splits, B, T, HQ, DV) and lses (splits, B, HQ, T) in float32, contiguous; outs in q's
     dtype if there is one split.
 
-    p.S is what a sequence's part of the caches can hold; they hold cache_seqlens + ``new`` keys of it.
+    p.S is what a sequence's part of the caches can hold. They hold cache_seqlens keys of it, to which k_new and
+    v_new are written after them.
     """
-    tile = tuning.decode_tile(q.dtype, p.T * p.G, p.D, p.DV)
+    tile = tuning.decode_tile(q.device, q.dtype, p.B * p.H, p.T * p.G, p.D, p.DV)
     programs = triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H
-    splits = tuning.decode_splits(q.device, programs, p.S, tile.BLOCK_N)
+    key_bytes = (tuning.block_dim(p.D) + tuning.block_dim(p.DV)) * q.itemsize
+    splits = tuning.decode_splits(q.device, tile, key_bytes, programs, p.S)
     outs = q.new_empty(splits, p.B, p.T, p.H * p.G, p.DV, dtype=q.dtype if splits == 1 else torch.float32)
     lses = q.new_empty(splits, p.B, p.H * p.G, p.T, dtype=torch.float32)
     depth, depth_layout = depth_pointers(k_depth, v_depth) if p.L else ([None, None], DepthLayout())
-    layouts = map(layout, (q, k_cache, v_cache, cache_seqlens, block_table))
-    launch = _prepare(p, tile, splits, new, *layouts, depth_layout)
-    launch(q, k_cache, v_cache, *depth, cache_seqlens, block_table, outs, lses)
+    layouts = map(layout, (q, k_cache, v_cache, k_new, v_new, cache_seqlens, block_table))
+    launch = _prepare(p, tile, splits, *layouts, depth_layout)
+    launch(q, k_cache, v_cache, *depth, k_new, v_new, cache_seqlens, block_table, outs, lses)
     return outs, lses

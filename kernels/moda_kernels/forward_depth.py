@@ -3,9 +3,10 @@
     lse = log( e^lse_sequence + sum_l exp d_l )
     out = e^(lse_sequence - lse) out_sequence + sum_l e^(d_l - lse) v_l
 
-A program owns BLOCK_M (token, group) rows of one key/value head. ``attend_depth`` is the loop over slots,
-which the fused forward has in it as well; the kernel here starts it from what another kernel left for
-the sequence or, where there is no sequence, from nothing, and pads groups to a power of two.
+``attend_depth`` is the loop over slots, which the fused forward has in it as well, for a tile of BLOCK_M
+(token, group) rows of one key/value head. A program of the kernel here owns one token and BLOCK_G heads of a
+group, padded to a power of two, and starts from what another kernel left for the sequence or, where there
+is no sequence, from nothing.
 """
 
 import torch
@@ -111,37 +112,37 @@ def attend_depth(
 def _moda_forward_depth_kernel(
     q_ptr, k_depth, v_depth, sequence_ptr, sequence_lse_ptr, out_ptr, lse_ptr,
     q_strides, sequence_strides, stride_lb, stride_lh, stride_lt, scale, softcap, B, T, L, H,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr,
-    BLOCK_G: tl.constexpr, ALIGNED: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0) // (B * H)
-    head = tl.program_id(0) % (B * H)
+    parts = tl.cdiv(G, BLOCK_G)
+    part = tl.program_id(0) % parts  # side by side: those that read the same slots
+    token = tl.program_id(0) // parts // (B * H)
+    head = tl.program_id(0) // parts % (B * H)
     b = (head // H).to(tl.int64)
     j = (head % H).to(tl.int64)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_t = rows // BLOCK_G
-    t = offs_t.to(tl.int64)
-    row_ok = (offs_t < T) & (rows % BLOCK_G < G)
-    h = j * G + rows % BLOCK_G
+    t = token.to(tl.int64)
+    offs_g = part * BLOCK_G + tl.arange(0, BLOCK_G)
+    row_ok = offs_g < G
+    h = j * G + offs_g
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
 
     q_rows = q_ptr + b * q_strides[0] + t * q_strides[1] + h * q_strides[2]
     q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)
     if sequence_ptr is None:
-        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l_i = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        m_i = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_G], tl.float32)
+        acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     else:
         acc_rows = sequence_ptr + b * sequence_strides[0] + t * sequence_strides[1] + h * sequence_strides[2]
         acc = load_rows(acc_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV).to(tl.float32)
         lse = sequence_lse_ptr + b * stride_lb + h * stride_lh + t * stride_lt
         m_i = tl.load(lse, mask=row_ok, other=0.0) * LOG2E
-        l_i = tl.full([BLOCK_M], 1.0, tl.float32)
-    m_i, l_i, acc = attend_depth(
-        q, m_i, l_i, acc, k_depth, v_depth, b, j, tile, T, L, scale, softcap,
-        BLOCK_G, D, DV, BLOCK_L, DEPTH_DOT, DEPTH_STAGES, ALIGNED,
+        l_i = tl.full([BLOCK_G], 1.0, tl.float32)
+    m_i, l_i, acc = _attend_depth_by_dot(
+        q, m_i, l_i, acc, k_depth, v_depth, b, j, token, T, L, scale, softcap,
+        BLOCK_G, D, DV, BLOCK_L, STAGES, ALIGNED,
     )  # fmt: skip
 
     out_rows = out_ptr + ((b * T + t) * (H * G) + h) * DV
@@ -157,14 +158,13 @@ def _moda_forward_depth_kernel(
 def _prepare(
     p: Problem, q: Layout, sequence: Layout | None, sequence_lse: Layout | None, depth: DepthLayout
 ) -> Launch:
-    BLOCK_G = triton.next_power_of_2(p.G)
-    tile = tuning.forward_depth_tile(q.dtype, BLOCK_G, p.D, p.DV)
+    tile = tuning.forward_depth_tile(q.dtype, p.G, p.D, p.DV)
     return Launch(
-        _moda_forward_depth_kernel, triton.cdiv(p.T * BLOCK_G, tile.BLOCK_M) * p.B * p.H,
+        _moda_forward_depth_kernel, p.B * p.T * p.H * triton.cdiv(p.G, tile.BLOCK_G),
         q.strides[:3], sequence and sequence.strides[:3], *(sequence_lse.strides if sequence_lse else (None,) * 3),
         p.scale, p.softcap, p.B, p.T, p.L, p.H,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
-        BLOCK_G=BLOCK_G, ALIGNED=depth.aligned, **tile._asdict(),
+        ALIGNED=depth.aligned, **tile._asdict(),
     )  # fmt: skip
 
 

@@ -16,7 +16,6 @@ from moda_kernels.backward_depth import launch_backward_depth
 from moda_kernels.backward_dkv import launch_dkv
 from moda_kernels.backward_dq import launch_dq
 from moda_kernels.bands import Bands, launch_bands
-from moda_kernels.decode_append import launch_decode_append
 from moda_kernels.decode_merge import launch_decode_merge
 from moda_kernels.decode_split import launch_decode_split
 from moda_kernels.forward import launch_forward
@@ -168,6 +167,8 @@ def chunk_attention(
 ) -> tuple[Tensor, Tensor]:
     """As ``attention``, causal, over the depth of a token's chunk."""
     p = problem(q, k, v, k_depth, scale, left, 0, softcap)
+    if p.T * p.L >= 2**31:  # the kernels number a chunk's (token, slot) pairs in 32 bits
+        raise ValueError(f"k_depth must have fewer than 2**31 pairs of token and slot, got T = {p.T} and L = {p.L}")
     if q.numel() == 0 or p.L == 0 or chunk_size == 1:
         return attention(q, k, v, k_depth, v_depth, scale, left, 0, softcap, "fused")
     with torch.cuda.device_of(q):
@@ -230,11 +231,8 @@ def decode(
     if q.numel() == 0:
         return q.new_empty(*q.shape[:3], p.DV), q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        if k_new is not None and v_new is not None:
-            launch_decode_append(p, k_new, v_new, k_cache, v_cache, cache_seqlens, block_table)
-        new = 0 if k_new is None else p.T
         outs, lses = launch_decode_split(
-            p, q, k_cache, v_cache, k_depth, v_depth, cache_seqlens, block_table, new
+            p, q, k_cache, v_cache, k_depth, v_depth, k_new, v_new, cache_seqlens, block_table
         )
         if len(outs) == 1:
             return outs[0], lses[0]

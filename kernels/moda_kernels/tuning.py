@@ -43,13 +43,12 @@ class ForwardDepth(NamedTuple):
 
 
 class ForwardDepthTile(NamedTuple):
-    """BLOCK_M (token, group) rows of the kernel that has depth alone, and its walk over slots."""
+    """BLOCK_G query heads of a token against BLOCK_L slots."""
 
-    BLOCK_M: int
-    num_warps: int
-    DEPTH_DOT: bool
+    BLOCK_G: int
     BLOCK_L: int
-    DEPTH_STAGES: int
+    STAGES: int
+    num_warps: int
 
 
 class DepthTile(NamedTuple):
@@ -118,12 +117,16 @@ def forward_depth(
     return ForwardDepth(False, 2 if width <= 256 else 1, 2)
 
 
-def forward_depth_tile(dtype: torch.dtype, BLOCK_G: int, D: int, DV: int) -> ForwardDepthTile:
-    """As small as programs get, a token by a warp, and many of them: what hides the latency of loads."""
-    if dtype is torch.float32:
-        return ForwardDepthTile(16, 2, False, 4, 2)
+def forward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> ForwardDepthTile:
+    """As small as programs get, a token by a warp, and many of them: what hides the latency of loads.
+
+    Wide groups go by in parts: what a batched dot over one token does, every warp would do again.
+    """
     width = max(block_dim(D), block_dim(DV))
-    return ForwardDepthTile(BLOCK_G, 1 if BLOCK_G * width <= 4096 else BLOCK_G * width // 2048, True, 16, 2)
+    BLOCK_G = min(triton.next_power_of_2(G), 4096 // width)
+    if dtype is torch.float32:  # plain multiply-adds, which warps do share
+        return ForwardDepthTile(BLOCK_G, 16, 1, 4)
+    return ForwardDepthTile(BLOCK_G, 16, 2, 1)
 
 
 def backward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> DepthTile:
@@ -171,15 +174,18 @@ def backward_dkv_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int)
     return Tile(32, 64, 8, 1) if shared_memory(device) >= 114_688 else Tile(32, 32, 4, 1)
 
 
-def decode_tile(dtype: torch.dtype, rows: int, D: int, DV: int) -> Tile:
-    """For the ``rows`` (token, group) pairs of a head: as many as do not spill, and no more than
-    there are. Not measured yet.
+def decode_tile(device: torch.device, dtype: torch.dtype, heads: int, rows: int, D: int, DV: int) -> Tile:
+    """For the ``rows`` (token, group) pairs of each of so many heads, of all sequences: as many as do not
+    spill, and no more than there are. Where keys are split, one program fills a multiprocessor with loads.
     """
     width = max(block_dim(D), block_dim(DV))
     if dtype is torch.float32:
         return Tile(16, 32, 4, 2 if width <= 64 else 1)
     BLOCK_M = max(16, min(64 if width <= 128 else 32, triton.next_power_of_2(rows)))
-    return Tile(BLOCK_M, 64, 4, 3) if width <= 128 else Tile(BLOCK_M, 32, 4, 2)
+    if width > 128:
+        return Tile(BLOCK_M, 32, 4, 2)
+    few = heads < multiprocessors(device) and BLOCK_M * width <= 1024
+    return Tile(BLOCK_M, 128 if few else 64, 4, 3 if shared_memory(device) >= 163_840 else 2)
 
 
 def decode_depth(
@@ -191,10 +197,12 @@ def decode_depth(
     return depth if depth.DEPTH_DOT else depth._replace(BLOCK_L=min(8, slots))
 
 
-def decode_splits(device: torch.device, programs: int, S: int, BLOCK_N: int) -> int:
-    """Programs that share a tile's keys: two per multiprocessor in all, and two blocks of keys each.
+def decode_splits(device: torch.device, tile: Tile, key_bytes: int, programs: int, S: int) -> int:
+    """Programs that share a tile's keys, of ``key_bytes`` with their values: what fills the multiprocessors
+    with loads, 64 KB each, and two blocks of keys for each.
 
-    ``S`` is what a cache can hold: how much it holds is known on the device alone. Not measured yet.
+    ``S`` is what a cache can hold: how much it holds is known on the device alone.
     """
-    wanted = 2 * multiprocessors(device) // programs
-    return max(1, min(wanted, triton.cdiv(S, 2 * BLOCK_N), DECODE_SPLITS))
+    in_flight = tile.num_stages * tile.BLOCK_N * key_bytes
+    wanted = (1 if in_flight > 65_536 else 2) * multiprocessors(device) // programs
+    return max(1, min(wanted, triton.cdiv(S, 2 * tile.BLOCK_N), DECODE_SPLITS))

@@ -6,14 +6,15 @@ own token: query and depth key share a position, the rotations cancel, and the s
 depth key.
 
 :class:`MoDAConfig` chooses who writes the stream, ``depth``, and where the norms stand, ``norm``;
-:class:`MoDALanguageModel` is the model. The stream is a value that the blocks pass on: a
+:class:`MoDALanguageModel` is the model. :class:`MoDAClassifier` takes images: the same blocks,
+without a causal mask and without rotation. The stream is a value that the blocks pass on: a
 :class:`moda_ops.DepthStream`, or, for the functional path, :class:`moda_ops.DepthSlots`, or, in
 :func:`generate`, a :class:`CachedStream` over a :class:`KVCache`, which keeps no depth. Shapes: B
 batch, T tokens, C width, HQ query heads, H key/value heads, D head dimension.
 """
 
 from moda_ops.nn.cache import CachedStream, KVCache
-from moda_ops.nn.config import Depth, MoDAConfig, Norm
+from moda_ops.nn.config import BlockConfig, Depth, MoDAConfig, Norm
 from moda_ops.nn.generation import decode_step, generate, prefill, token_probabilities
 from moda_ops.nn.layers import (
     DepthAttention,
@@ -26,9 +27,11 @@ from moda_ops.nn.layers import (
     rotary_angles,
     rotate,
 )
-from moda_ops.nn.model import DepthAttentionBlock, MoDABlock, MoDALanguageModel
+from moda_ops.nn.model import DepthAttentionBlock, MoDABlock, MoDALanguageModel, MoDATransformer
+from moda_ops.nn.vision import MoDAClassifier, PatchEmbedding, VisionConfig
 
 __all__ = [
+    "BlockConfig",
     "CachedStream",
     "Depth",
     "DepthAttention",
@@ -38,12 +41,16 @@ __all__ = [
     "KVCache",
     "MoDAAttention",
     "MoDABlock",
+    "MoDAClassifier",
     "MoDAConfig",
     "MoDALanguageModel",
+    "MoDATransformer",
     "Norm",
+    "PatchEmbedding",
     "RMSNorm",
     "Rotary",
     "Stream",
+    "VisionConfig",
     "decode_step",
     "generate",
     "prefill",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moda_ops.attention import moda_attention
 from moda_ops.decode import moda_decode
-from moda_ops.nn.config import MoDAConfig
+from moda_ops.nn.config import BlockConfig
 from moda_ops.stream import DepthSlots
 
 
@@ -27,8 +27,8 @@ class KVCache(NamedTuple):
         lengths: (B,) int32, tokens of each text so far.
 
     Example:
-        >>> config = MoDAConfig(
-        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        >>> config = BlockConfig(
+        ...     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... )
         >>> cache = KVCache.allocate(config, batch=3, capacity=100)
         >>> len(cache.k), cache.k[0].shape, cache.lengths
@@ -42,7 +42,7 @@ class KVCache(NamedTuple):
     @classmethod
     def allocate(
         cls,
-        config: MoDAConfig,
+        config: BlockConfig,
         batch: int,
         capacity: int,
         *,
@@ -71,7 +71,7 @@ class CachedStream(NamedTuple):
 
     To the layers it is what :class:`moda_ops.DepthSlots` is. Depth slots are those of the tokens at
     hand and go when the stream goes. An attention layer's keys and values join its part of the
-    cache, which is then the sequence. There is no gradient.
+    cache, which is then the sequence. There is no gradient, and attention is causal.
 
     Attributes:
         cache: of all layers; its ``lengths`` are not changed.
@@ -81,8 +81,8 @@ class CachedStream(NamedTuple):
         layer: attention layers so far.
 
     Example:
-        >>> config = MoDAConfig(
-        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        >>> config = BlockConfig(
+        ...     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... )
         >>> cache = KVCache.allocate(config, batch=1, capacity=8)
         >>> q, k = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 2, 8)
@@ -108,20 +108,29 @@ class CachedStream(NamedTuple):
         return CachedStream(self.cache, self.start, self.slots.write(k, v), self.layer)
 
     def attend(
-        self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        causal: bool = True,
     ) -> "tuple[Tensor, CachedStream]":
         """``out`` (B, N, HQ, D) over the layer's cache, k and v included, and the slots.
 
         If k and v are None, they are the newest slot, and depth are the slots before it. Raises
         what :func:`moda_ops.moda_decode` and :func:`moda_ops.moda_attention` raise.
         """
+        _check_causal(causal)
         k_depth, v_depth = list(self.slots.k), list(self.slots.v)
         if k is None or v is None:
             k, v = k_depth.pop(), v_depth.pop()
         return self._attend(q, k, v, k_depth, v_depth)
 
-    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor) -> "tuple[Tensor, CachedStream]":
+    def attend_sequence(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True
+    ) -> "tuple[Tensor, CachedStream]":
         """The same without depth: see :meth:`moda_ops.DepthStream.attend_sequence`."""
+        _check_causal(causal)
         return self._attend(q, k, v, [], [])
 
     def attend_depth(self, q: Tensor) -> "tuple[Tensor, CachedStream]":
@@ -140,3 +149,10 @@ class CachedStream(NamedTuple):
         end = self.start + q.shape[1]
         k_cache[:, self.start : end], v_cache[:, self.start : end] = k, v
         return moda_attention(q, k_cache[:, :end], v_cache[:, :end], k_depth, v_depth), after
+
+
+def _check_causal(causal: bool) -> None:
+    if not causal:
+        raise ValueError(
+            "causal must be True with a cache: keys that are not yet there cannot be attended to"
+        )

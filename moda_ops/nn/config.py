@@ -6,15 +6,15 @@ from typing import Literal, get_args
 from moda_ops.checks import MAX_HEAD_DIM
 
 Depth = Literal["residual", "attention", "kv", "kv+ffn", "kv+ffn+attn"]
-"""How layers read earlier layers; :class:`MoDAConfig` explains each."""
+"""How layers read earlier layers; :class:`BlockConfig` explains each."""
 
 Norm = Literal["pre", "post"]
-"""Where the norms stand; :class:`MoDAConfig` explains both."""
+"""Where the norms stand; :class:`BlockConfig` explains both."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoDAConfig:
-    """Sizes and options of a :class:`MoDALanguageModel`.
+class BlockConfig:
+    """Sizes and options of the blocks of a model.
 
     ``depth`` is one of (sections and tables of arXiv 2603.15619):
 
@@ -33,7 +33,6 @@ class MoDAConfig:
     Under ``depth="attention"`` there is no sum, and these are norm(f(x)) and f(norm(x)).
 
     Args:
-        vocab_size: number of tokens.
         layers: number of blocks, each an attention and a feed-forward layer.
         width: C, size of the residual stream.
         heads: HQ, query heads.
@@ -46,13 +45,12 @@ class MoDAConfig:
         bias: add a bias to every projection.
         write_last: let the last block write to the depth stream too, although no layer reads it
             there (the counts in Table 6 have it). Its projections then get no gradient.
-        rope_base: base of the rotary wavelengths.
+        causal: whether a token sees the tokens up to itself, or all of its sequence.
 
     Raises:
         ValueError: sizes that do not fit together, or an option that does not exist.
     """
 
-    vocab_size: int
     layers: int
     width: int
     heads: int
@@ -64,16 +62,12 @@ class MoDAConfig:
     qk_norm: bool = False
     bias: bool = False
     write_last: bool = False
-    rope_base: float = 10_000.0
+    causal: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        self._check_sizes("layers", "width", "heads", "kv_heads", "head_dim", "hidden")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads = {self.kv_heads} must divide heads = {self.heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim} must be even for the rotary embedding")
         if self.head_dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim = {self.head_dim} must be at most {MAX_HEAD_DIM}")
         for name, kinds in (("depth", Depth), ("norm", Norm)):
@@ -85,6 +79,11 @@ class MoDAConfig:
                 f"heads * head_dim = {self.heads} * {self.head_dim} = {self.q_width} must equal "
                 f"width = {self.width} for depth = 'attention': a layer's input is a row of heads"
             )
+
+    def _check_sizes(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
 
     @property
     def q_width(self) -> int:
@@ -101,8 +100,8 @@ class MoDAConfig:
 
         Example:
             >>> from dataclasses import replace
-            >>> config = MoDAConfig(
-            ...     vocab_size=256, layers=3, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+            >>> config = BlockConfig(
+            ...     layers=3, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
             ... )
             >>> config.depth_reads()  # one read per block; a block writes two slots
             [0, 2, 4]
@@ -120,8 +119,8 @@ class MoDAConfig:
         """Slots that the layers write in all.
 
         Example:
-            >>> MoDAConfig(
-            ...     vocab_size=256, layers=3, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+            >>> BlockConfig(
+            ...     layers=3, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
             ... ).depth_slots()  # two per block, but none in the last
             4
         """
@@ -129,3 +128,32 @@ class MoDAConfig:
             return 2 * self.layers + 1
         slots = {"residual": 0, "kv": 1}.get(self.depth, 2)
         return slots * (self.layers if self.write_last else self.layers - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoDAConfig(BlockConfig):
+    """Sizes and options of a :class:`MoDALanguageModel`: those of its blocks, and its own.
+
+    Args:
+        vocab_size: number of tokens.
+        rope_base: base of the rotary wavelengths; ``head_dim`` is even.
+
+    Raises:
+        ValueError: see :class:`BlockConfig`.
+
+    Example:
+        >>> config = MoDAConfig(
+        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        ... )
+        >>> config.depth, config.norm, config.causal
+        ('kv+ffn', 'post', True)
+    """
+
+    vocab_size: int
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_sizes("vocab_size")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even for the rotary embedding")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moda_ops.attention import Window, check_option, check_tensors, window_sides
+from moda_ops.attention import Window, check_bool, check_option, check_tensors, window_sides
 from moda_ops.stream import DepthStream
 
 CHUNKS = 2  # of every rank
@@ -128,17 +128,19 @@ class ContextParallelStream(NamedTuple):
         k: Tensor | None = None,
         v: Tensor | None = None,
         *,
+        causal: bool = True,
         scale: float | None = None,
         window: Window | None = None,
         softcap: float | None = None,
     ) -> "tuple[Tensor, ContextParallelStream]":
         """``out`` (B, T / W, HQ, DV) and the stream: see :meth:`moda_ops.DepthStream.attend`.
 
-        k and v are of this rank's tokens, and the mask is causal.
+        k and v are of this rank's tokens.
 
         Raises:
-            TypeError, ValueError: as :meth:`moda_ops.DepthStream.attend`.
+            TypeError, ValueError: as :meth:`moda_ops.DepthStream.attend`; also unless ``causal``.
         """
+        _check_causal(causal)
         check_option("scale", scale)
         check_option("softcap", softcap)
         options = dict(scale=scale, window_left=window_sides(window)[0], softcap=softcap)
@@ -150,9 +152,10 @@ class ContextParallelStream(NamedTuple):
         return out, stream._replace(newest=self.newest)
 
     def attend_sequence(
-        self, q: Tensor, k: Tensor, v: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True
     ) -> "tuple[Tensor, ContextParallelStream]":
         """The same without depth: see :meth:`moda_ops.DepthStream.attend_sequence`."""
+        _check_causal(causal)
         first, second = (x._replace(token=x.token[:0].detach()) for x in self.halves)
         out, _ = self._replace(halves=(first, second), newest=None)._attend(q, k, v, {})
         return out, self
@@ -186,6 +189,11 @@ class ContextParallelStream(NamedTuple):
             half._replace(token=token) for half, token in zip(self.halves, tokens, strict=True)
         )
         return out, self._replace(halves=(first, second))
+
+
+def _check_causal(causal: bool) -> None:
+    if not check_bool("causal", causal):
+        raise ValueError("causal must be True under context parallelism, got False")
 
 
 class _Attend(torch.autograd.Function):

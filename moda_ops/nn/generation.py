@@ -96,6 +96,8 @@ def generate(
     """
     if not isinstance(model, MoDALanguageModel):
         raise TypeError(f"model must be a MoDALanguageModel, got {type(model).__name__}")
+    if not model.config.causal:
+        raise ValueError("model must be causal to generate text, got one with causal = False")
     vocabulary, device = model.config.vocab_size, model.embedding.weight.device
     rows = _prompt_rows(prompts, vocabulary)
     check_int("max_new_tokens", max_new_tokens, 1)
@@ -295,7 +297,8 @@ def _hidden(
     model: MoDALanguageModel, tokens: Tensor, positions: Tensor, stream: CachedStream
 ) -> Tensor:
     c = model.config
-    return model.hidden(tokens, rotary_angles(positions, c.head_dim, c.rope_base), stream)
+    rotary = rotary_angles(positions, c.head_dim, c.rope_base)
+    return model.hidden(model.embedding(tokens), rotary, stream)
 
 
 def _fitting_cache(cache: object, model: MoDALanguageModel, batch: int, capacity: int) -> KVCache:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moda_ops.nn.cache import CachedStream
-from moda_ops.nn.config import MoDAConfig
+from moda_ops.nn.config import BlockConfig
 from moda_ops.stream import DepthSlots, DepthStream
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float) -> Rotary:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
     """Rotate the pairs (x_i, x_{i + D/2}) by each token's angles (arXiv 2104.09864, 3.4.2).
 
     Args:
         x: (B, T, heads, D).
-        rotary: angles of the T tokens, or of the B * T.
+        rotary: angles of the T tokens, or of the B * T; None leaves x as it is.
 
     Returns:
         (B, T, heads, D) in x's dtype.
@@ -61,6 +61,8 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
         tensor([[1.0000, 0.0000],
                 [0.5403, 0.8415]])
     """
+    if rotary is None:
+        return x
     cos, sin = rotary
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).type_as(x)
@@ -95,11 +97,11 @@ class MoDAAttention(nn.Module):
 
     arXiv 2603.15619, section 2, mechanism (d), with grouped queries (arXiv 2305.13245) and, as an
     option, normalized queries and keys (arXiv 2302.05442, section 2). With an empty stream it is
-    plain causal attention.
+    plain attention, causal unless ``config.causal`` is off.
 
     Example:
-        >>> config = MoDAConfig(
-        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        >>> config = BlockConfig(
+        ...     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... )
         >>> layer, rotary = MoDAAttention(config), rotary_angles(torch.arange(5), 8, 1e4)
         >>> y, stream = layer(torch.randn(1, 5, 32), rotary, DepthSlots())
@@ -108,9 +110,10 @@ class MoDAAttention(nn.Module):
         (torch.Size([1, 5, 32]), 2)
     """
 
-    def __init__(self, config: MoDAConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.causal = config.causal
         self.q_proj = nn.Linear(config.width, config.q_width, bias=config.bias)
         self.k_proj = nn.Linear(config.width, config.kv_width, bias=config.bias)
         self.v_proj = nn.Linear(config.width, config.kv_width, bias=config.bias)
@@ -118,7 +121,7 @@ class MoDAAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
 
-    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q (B, T, HQ, D), rotated k and v (B, T, H, D) of x (B, T, C)."""
         heads = (-1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), rotary)
@@ -128,7 +131,7 @@ class MoDAAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: Rotary,
+        rotary: Rotary | None,
         stream: Stream,
         *,
         write: bool = True,
@@ -137,15 +140,15 @@ class MoDAAttention(nn.Module):
         """Output (B, T, C) for x (B, T, C), and the stream.
 
         With ``write`` the layer's own key and value are its next slot. Without ``read`` (nor
-        ``write``) it is plain causal attention.
+        ``write``) it is plain attention.
         """
         q, k, v = self.project(x, rotary)
         if write:
-            out, stream = stream.write(k, v).attend(q)
+            out, stream = stream.write(k, v).attend(q, causal=self.causal)
         elif read:
-            out, stream = stream.attend(q, k, v)
+            out, stream = stream.attend(q, k, v, causal=self.causal)
         else:
-            out, stream = stream.attend_sequence(q, k, v)
+            out, stream = stream.attend_sequence(q, k, v, causal=self.causal)
         return self.out_proj(out.flatten(2)), stream
 
 
@@ -153,14 +156,14 @@ class FeedForward(nn.Module):
     """SwiGLU, ``W3 (silu(W1 x) * W2 x)`` (arXiv 2002.05202, eq. 6).
 
     Example:
-        >>> config = MoDAConfig(
-        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        >>> config = BlockConfig(
+        ...     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... )
         >>> FeedForward(config)(torch.randn(1, 5, 32)).shape
         torch.Size([1, 5, 32])
     """
 
-    def __init__(self, config: MoDAConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.width, config.hidden, bias=config.bias)
         self.up_proj = nn.Linear(config.width, config.hidden, bias=config.bias)
@@ -180,8 +183,8 @@ class DepthProjection(nn.Module):
     counts no such parameters.
 
     Example:
-        >>> config = MoDAConfig(
-        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        >>> config = BlockConfig(
+        ...     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... )
         >>> rotary = rotary_angles(torch.arange(5), 8, 1e4)
         >>> k, v = DepthProjection(config)(torch.randn(1, 5, 32), rotary)
@@ -189,14 +192,14 @@ class DepthProjection(nn.Module):
         torch.Size([1, 5, 2, 8])
     """
 
-    def __init__(self, config: MoDAConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.k_proj = nn.Linear(config.width, config.kv_width, bias=config.bias)
         self.v_proj = nn.Linear(config.width, config.kv_width, bias=config.bias)
         self.k_norm = RMSNorm(config.head_dim, gain=False) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Rotated key and value, each (B, T, H, D), of x (B, T, C)."""
         heads = (-1, self.head_dim)
         k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), rotary)
@@ -211,8 +214,8 @@ class DepthAttention(nn.Module):
     HQ * D = C.
 
     Example:
-        >>> config = MoDAConfig(
-        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        >>> config = BlockConfig(
+        ...     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... )
         >>> rotary = rotary_angles(torch.arange(5), 8, 1e4)
         >>> stream = DepthSlots().write(*DepthProjection(config)(torch.randn(1, 5, 32), rotary))
@@ -221,14 +224,14 @@ class DepthAttention(nn.Module):
         (torch.Size([1, 5, 32]), 2)
     """
 
-    def __init__(self, config: MoDAConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.width, config.q_width, bias=config.bias)
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.write = DepthProjection(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, stream: Stream) -> tuple[Tensor, Stream]:
+    def forward(self, x: Tensor, rotary: Rotary | None, stream: Stream) -> tuple[Tensor, Stream]:
         """The next layer's input (B, T, C), for a layer's output x (B, T, C), and the stream."""
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rotary)
         k, v = self.write(x, rotary)

@@ -1,13 +1,14 @@
-"""The blocks and the language model."""
+"""The blocks, what every model has, and the language model."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moda_ops.nn.cache import CachedStream
-from moda_ops.nn.config import MoDAConfig
+from moda_ops.nn.config import BlockConfig, MoDAConfig
 from moda_ops.nn.layers import (
     DepthAttention,
     DepthProjection,
@@ -44,7 +45,7 @@ class MoDABlock(nn.Module):
         (torch.Size([1, 5, 32]), 2)
     """
 
-    def __init__(self, config: MoDAConfig, *, last: bool) -> None:
+    def __init__(self, config: BlockConfig, *, last: bool) -> None:
         super().__init__()
         self.pre_norm = config.norm == "pre"
         self.continues = config.write_last or not last  # somebody takes the stream
@@ -57,7 +58,7 @@ class MoDABlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward_write = DepthProjection(config) if "ffn" in projects else None
 
-    def forward(self, x: Tensor, rotary: Rotary, stream: Stream) -> tuple[Tensor, Stream]:
+    def forward(self, x: Tensor, rotary: Rotary | None, stream: Stream) -> tuple[Tensor, Stream]:
         """Output (B, T, C) for x (B, T, C), and the stream with this block's slots appended."""
         h = self.attention_norm(x) if self.pre_norm else x
         write_keys = self.writes and self.attention_write is None
@@ -79,7 +80,7 @@ class DepthAttentionBlock(nn.Module):
     """Attention and feed-forward, each followed by :class:`DepthAttention` in place of a sum.
 
     A layer's output is ``norm(f(x))`` (post-norm) or ``f(norm(x))`` (pre-norm). The sequence
-    attention is plain causal attention.
+    attention is plain attention.
 
     Args:
         config: ``depth`` is ``"attention"``.
@@ -95,7 +96,7 @@ class DepthAttentionBlock(nn.Module):
         (torch.Size([1, 5, 32]), 2)
     """
 
-    def __init__(self, config: MoDAConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.pre_norm = config.norm == "pre"
         self.attention = MoDAAttention(config)
@@ -105,7 +106,7 @@ class DepthAttentionBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward_depth = DepthAttention(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, stream: Stream) -> tuple[Tensor, Stream]:
+    def forward(self, x: Tensor, rotary: Rotary | None, stream: Stream) -> tuple[Tensor, Stream]:
         """The next block's input (B, T, C) for x (B, T, C), and the stream with two more slots."""
         h = self.attention_norm(x) if self.pre_norm else x
         y, stream = self.attention(h, rotary, stream, write=False, read=False)
@@ -117,28 +118,40 @@ class DepthAttentionBlock(nn.Module):
         return self.feed_forward_depth(y, rotary, stream)
 
 
-class MoDALanguageModel(nn.Module):
-    """A decoder language model; its output layer is the transposed embedding.
+RunBlock = Callable[..., Any]
+"""Calls ``block(x, rotary, stream)``, given these four, in a way of its own."""
+
+
+class MoDATransformer(nn.Module):
+    """What every model has: an embedding, blocks, and the depth stream that they pass on.
 
     By default (``depth="kv+ffn"``) block l, from 0, reads 2 l depth slots, two from each block
     before it. Under ``depth="attention"`` the embedding is written too, normalized, for it would
     vanish beside the layers' outputs; the first block's input is attention over this one slot,
     that is, its value repeated for every head of a group.
 
+    Args:
+        config: of the blocks.
+        embedding: makes x (B, T, C) of what the model takes in.
+
     Example:
-        >>> config = MoDAConfig(
-        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        >>> config = BlockConfig(
+        ...     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64, causal=False
         ... )
-        >>> model = MoDALanguageModel(config)
-        >>> model(torch.randint(256, (1, 5))).shape
-        torch.Size([1, 5, 256])
+        >>> encoder = MoDATransformer(config, nn.Linear(7, 32))
+        >>> x = encoder.embedding(torch.randn(1, 5, 7))
+        >>> encoder.hidden(x, None, encoder.stream(1, 5)).shape  # no rotation: rotary is None
+        torch.Size([1, 5, 32])
     """
 
-    def __init__(self, config: MoDAConfig) -> None:
+    config: BlockConfig
+    embedding: nn.Module
+
+    def __init__(self, config: BlockConfig, embedding: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.kv_heads = config.kv_heads  # that this process has: tensor parallelism divides them
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = embedding
         depth_attention = config.depth == "attention"
         self.embedding_norm = RMSNorm(config.width, gain=False) if depth_attention else None
         self.embedding_write = DepthProjection(config) if depth_attention else None
@@ -158,17 +171,81 @@ class MoDALanguageModel(nn.Module):
         The 2 * layers matrices that write to the residual stream get 1/sqrt(2 * layers) of that
         (Radford et al. 2019, section 2.3). Biases are 0, gains 1.
         """
-        sums = 1 if self.config.depth == "attention" else 2 * self.config.layers
         for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding):
-                module.weight.normal_(std=0.02)
-            elif isinstance(module, nn.Linear):
-                fan_in = module.in_features * (sums if name.endswith("out_proj") else 1)
-                module.weight.normal_(std=fan_in**-0.5)
-                if module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, RMSNorm):
-                module.reset_parameters()
+            self.reset_module(name, module)
+
+    @torch.no_grad()
+    def reset_module(self, name: str, module: nn.Module) -> None:
+        """The same for the parameters of one module, without those of its children."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Linear):
+            sums = 1 if self.config.depth == "attention" else 2 * self.config.layers
+            fan_in = module.in_features * (sums if name.endswith("out_proj") else 1)
+            nn.init.normal_(module.weight, std=fan_in**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            module.reset_parameters()
+
+    def num_parameters(self) -> int:
+        """Parameters, an embedding that is also the output layer counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def stream(self, batch: int, tokens: int) -> DepthSlots | DepthStream:
+        """The empty stream of a forward pass, as large as the blocks will fill it."""
+        return self._allocate(batch, tokens) if self.config.depth_slots() else DepthSlots()
+
+    def _allocate(self, batch: int, tokens: int) -> DepthStream:
+        shape = self.config.depth_slots(), batch, tokens, self.kv_heads, self.config.head_dim
+        return allocate_stream(*shape, like=next(self.embedding.parameters()))
+
+    def hidden(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        stream: "DepthSlots | DepthStream | CachedStream | ContextParallelStream",
+        *,
+        run_block: RunBlock | None = None,
+    ) -> Tensor:
+        """What the output layer takes, (B, T, C).
+
+        Args:
+            x: (B, T, C), embedded.
+            rotary: angles of the tokens; None rotates nothing.
+            stream: an empty one.
+            run_block: calls a block in place of ``block(x, rotary, stream)``, as
+                ``torch.utils.checkpoint.checkpoint`` (with ``use_reentrant=False``) does.
+        """
+        if self.embedding_norm is not None and self.embedding_write is not None:
+            k, v = self.embedding_write(self.embedding_norm(x), rotary)
+            x = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2)
+            stream = stream.write(k, v)
+        for block in self.blocks:
+            if run_block is None:
+                x, stream = block(x, rotary, stream)
+            else:
+                x, stream = run_block(block, x, rotary, stream)
+        return self.norm(x)
+
+
+class MoDALanguageModel(MoDATransformer):
+    """A language model; its output layer is the transposed embedding.
+
+    Example:
+        >>> config = MoDAConfig(
+        ...     vocab_size=256, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        ... )
+        >>> model = MoDALanguageModel(config)
+        >>> model(torch.randint(256, (1, 5))).shape
+        torch.Size([1, 5, 256])
+    """
+
+    config: MoDAConfig
+    embedding: nn.Embedding
+
+    def __init__(self, config: MoDAConfig) -> None:
+        super().__init__(config, nn.Embedding(config.vocab_size, config.width))
 
     def num_parameters(self) -> int:
         """Parameters, the embedding counted once.
@@ -188,14 +265,15 @@ class MoDALanguageModel(nn.Module):
             >>> f"{model.num_parameters() / 1e6:.1f} M"
             '705.7 M'
         """
-        return sum(p.numel() for p in self.parameters())
+        return super().num_parameters()
 
     def flops(self, batch: int, tokens: int) -> int:
         """Floating-point operations of one forward pass over (batch, tokens).
 
         Two for each multiply-add of a matrix product, the output layer's included: 2 per token and
         weight, and 4 D per query head and visible key, for the score and the value. A query at
-        position t sees t + 1 sequence keys, T (T + 1) / 2 in all, and its token's depth slots.
+        position t sees t + 1 sequence keys, T (T + 1) / 2 in all (T^2 unless ``config.causal``),
+        and its token's depth slots.
         Softmax, norms, rotation, activations, biases and the embedding lookup are left out.
 
         The FLOPs column of arXiv 2603.15619, Table 3, is 18 to 19% higher and not explained there.
@@ -214,7 +292,8 @@ class MoDALanguageModel(nn.Module):
         """
         linear = [m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)]
         weights = self.embedding.weight.numel() + sum(linear)
-        sequence = self.config.layers * tokens * (tokens + 1) // 2
+        seen = tokens * (tokens + 1) // 2 if self.config.causal else tokens**2
+        sequence = self.config.layers * seen
         pairs = sequence + tokens * sum(self.config.depth_reads())
         return 2 * batch * tokens * weights + 4 * batch * self.config.q_width * pairs
 
@@ -224,14 +303,6 @@ class MoDALanguageModel(nn.Module):
 
     def _rotary(self, positions: Tensor) -> Rotary:
         return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
-
-    def stream(self, batch: int, tokens: int) -> DepthSlots | DepthStream:
-        """The empty stream of a forward pass, as large as the blocks will fill it."""
-        return self._allocate(batch, tokens) if self.config.depth_slots() else DepthSlots()
-
-    def _allocate(self, batch: int, tokens: int) -> DepthStream:
-        shape = self.config.depth_slots(), batch, tokens, self.kv_heads, self.config.head_dim
-        return allocate_stream(*shape, like=self.embedding.weight)
 
     def forward(
         self,
@@ -255,26 +326,10 @@ class MoDALanguageModel(nn.Module):
                 raise ValueError("stream must be None if context is given, which makes the stream")
             angles = self._rotary(context.positions(T, tokens.device))
             parts = context.stream(*(self._allocate(B, T // 2) for _ in range(2)))
-            return self.logits(self.hidden(tokens, angles, parts))
+            return self.logits(self.hidden(self.embedding(tokens), angles, parts))
         if stream is None:
             stream = self.stream(B, T)
-        return self.logits(self.hidden(tokens, self.rotary(T), stream))
-
-    def hidden(
-        self,
-        tokens: Tensor,
-        rotary: Rotary,
-        stream: "DepthSlots | DepthStream | CachedStream | ContextParallelStream",
-    ) -> Tensor:
-        """What the output layer takes, (B, T, C), for tokens (B, T) with these angles."""
-        x = self.embedding(tokens)
-        if self.embedding_norm is not None and self.embedding_write is not None:
-            k, v = self.embedding_write(self.embedding_norm(x), rotary)
-            x = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2)
-            stream = stream.write(k, v)
-        for block in self.blocks:
-            x, stream = block(x, rotary, stream)
-        return self.norm(x)
+        return self.logits(self.hidden(self.embedding(tokens), self.rotary(T), stream))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer: logits (..., vocab_size) of hidden (..., C)."""

@@ -6,7 +6,7 @@ varlen   documents of equal lengths beside the same as a batch of the dense oper
          as a ratio. A skewed mix of lengths beside the sum of its documents' own times.
 window   forward and backward by the window's width, beside no window.
 decode   one new token per sequence, beside the time to read the cache once at the rate of a large
-         copy.
+         copy; of at least eight such calls in one graph, as the layers of a model.
 
 Every row is compared with float64 (of the last rows and keys where that is large) before it is
 timed. Times are medians in milliseconds, on a GPU of CUDA graphs, of inputs that exceed its L2
@@ -28,7 +28,7 @@ from torch import Tensor
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from moda_ops import eager, moda_attention, moda_attention_varlen, moda_decode  # noqa: E402
+from moda_ops import eager, moda_decode  # noqa: E402
 from moda_ops.bench.measure import copy_rate, median_ms  # noqa: E402
 from moda_ops.bench.report import machine  # noqa: E402
 
@@ -39,6 +39,7 @@ D, H, G, L = (64, 8, 2, 47) if CUDA else (16, 2, 2, 3)
 CHECKED = 32  # tokens at the end of each sequence that are compared with float64
 WORST = 2e-2  # error in norm; bfloat16's own is 2e-3 to 4e-3
 SECONDS = 0.1 if CUDA else 0.001
+PASSES = "forward", "backward"
 Row = dict[str, Any]
 
 
@@ -46,32 +47,35 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
 
-def inputs(tokens: int, *batch: int) -> list[Tensor]:
-    """q, k, v and packed depth, that require gradients."""
-    shapes = (G * H, D), (H, D), (H, D), (L, H, D), (L, H, D)
-    return [randn(*batch, tokens, *shape).requires_grad_() for shape in shapes]
+def inputs(tokens: int, *batch: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """q, k, v, and packed depth in the operators' form."""
+    q, k, v = (randn(*batch, tokens, heads, D) for heads in (G * H, H, H))
+    return [q, k, v], [[randn(*batch, tokens, L, H, D)] for _ in range(2)]
 
 
-def check(out: Tensor, x: list[Tensor], left: int | None = None) -> float:
+def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *depth: Tensor, left: int | None) -> float:
     """Error of the last tokens of one causal sequence, all (1, T, ..), against float64."""
     last = slice(-min(CHECKED, out.shape[1]), None)
-    q, k, v, k_depth, v_depth = (y.detach().double() for y in x)
-    depth = [k_depth[:, last]], [v_depth[:, last]]
-    exact, _ = eager.attention(q[:, last], k, v, *depth, D**-0.5, left, 0, None)
-    error = ((out.detach().double()[:, last] - exact).norm() / exact.norm()).item()
+    q, k, v, k_depth, v_depth = (
+        x.double() for x in (q[:, last], k, v, *(x[:, last] for x in depth))
+    )
+    exact, _ = eager.attention(q, k, v, [k_depth], [v_depth], D**-0.5, left, 0, None)
+    error = ((out[:, last].double() - exact).norm() / exact.norm()).item()
     if not error < WORST:
         raise AssertionError(f"error {error:.1e}")
     return error
 
 
-def passes(forward: Callable[[], Tensor], x: list[Tensor]) -> tuple[float, float]:
-    """Milliseconds of forward and of backward."""
-    out = forward()
-    dout = torch.randn_like(out)
-    backward = partial(torch.autograd.grad, out, x, dout, retain_graph=True)
-    with torch.no_grad():
-        ahead = median_ms([forward], DEVICE, SECONDS)
-    return ahead, median_ms([backward], DEVICE, SECONDS)
+def passes(name: str, x: list[Any], out: Tensor, lse: Tensor, **options: Any) -> dict[str, float]:
+    """Milliseconds of an operator and of its backward."""
+    forward = partial(getattr(torch.ops.moda, name), *x, **options)
+    # The operator, not autograd: that runs on the stream of its forward, which is not captured.
+    operator = getattr(torch.ops.moda, f"{name}_backward")
+    backward = partial(operator, torch.randn_like(out), None, *x, out, lse, **options)
+    return dict(
+        forward=median_ms([forward], DEVICE, SECONDS),
+        backward=median_ms([backward], DEVICE, SECONDS),
+    )
 
 
 def starts(lengths: list[int]) -> Tensor:
@@ -79,51 +83,49 @@ def starts(lengths: list[int]) -> Tensor:
     return torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
 
 
-def packed(lengths: list[int]) -> tuple[float, float, float]:
-    """Milliseconds of both passes over documents of these lengths, and the largest error."""
-    x, cu_seqlens = inputs(sum(lengths)), starts(lengths)
-    forward = partial(moda_attention_varlen, *x, cu_seqlens, cu_seqlens)
-    out, errors = forward(), []
+def packed(lengths: list[int]) -> Row:
+    """Both passes over documents of these lengths, and the largest error of one."""
+    sequence, depth = inputs(sum(lengths))
+    cu_seqlens, errors = starts(lengths), []
+    x = [*sequence, *depth, cu_seqlens, cu_seqlens]
+    out, lse = torch.ops.moda.attention_varlen(*x)
     for begin, end in itertools.pairwise(cu_seqlens.tolist()):
-        errors.append(check(out[None, begin:end], [y[None, begin:end] for y in x]))
-    return *passes(forward, x), max(errors)
+        document = (y[None, begin:end] for y in (out, *sequence, *(y for (y,) in depth)))
+        errors.append(check(*document, left=None))
+    return passes("attention_varlen", x, out, lse) | dict(error=max(errors))
 
 
-def dense(batch: int, tokens: int, window: int | None = None) -> tuple[float, float, float]:
-    x = inputs(tokens, batch)
-    forward = partial(moda_attention, *x, window=window, plan="fused")
-    error = check(forward()[:1], [y[:1] for y in x], window)
-    return *passes(forward, x), error
+def dense(batch: int, tokens: int, window: int | None = None) -> Row:
+    sequence, depth = inputs(tokens, batch)
+    x, options = [*sequence, *depth], dict(window_left=window, plan="fused")
+    out, lse = torch.ops.moda.attention(*x, **options)
+    error = check(*(y[:1] for y in (out, *sequence, *(y for (y,) in depth))), left=window)
+    return passes("attention", x, out, lse, **options) | dict(error=error)
 
 
 def varlen() -> list[Row]:
     rows = []
     for batch, tokens in ((8, 2048), (32, 512), (4, 8192)) if CUDA else ((2, 16),):
-        ahead, back, error = packed([tokens] * batch)
-        ahead_dense, back_dense, _ = dense(batch, tokens)
-        row = dict(documents=f"{batch} x {tokens}", forward=ahead, backward=back, error=error)
-        ratios = dict(forward_ratio=ahead / ahead_dense, backward_ratio=back / back_dense)
-        rows.append(row | ratios)
+        row, beside = packed([tokens] * batch), dense(batch, tokens)
+        rows.append(dict(documents=f"{batch} x {tokens}") | row | ratios(row, beside))
     skewed = [8192, *[2048] * 2, *[512] * 4, *[64] * 32] if CUDA else [12, 3, 1]
-    ahead, back, error = packed(skewed)
-    alone = {length: dense(1, length) for length in set(skewed)}
-    parts = [sum(alone[length][i] for length in skewed) for i in (0, 1)]
-    row = dict(documents="skewed, beside each alone", forward=ahead, backward=back, error=error)
-    return [*rows, row | dict(forward_ratio=ahead / parts[0], backward_ratio=back / parts[1])]
+    row, alone = packed(skewed), {length: dense(1, length) for length in set(skewed)}
+    parts = {name: sum(alone[length][name] for length in skewed) for name in PASSES}
+    return [*rows, dict(documents="skewed, beside each alone") | row | ratios(row, parts)]
+
+
+def ratios(row: Row, beside: Row) -> Row:
+    return {f"{name}_ratio": row[name] / beside[name] for name in PASSES}
 
 
 def window() -> list[Row]:
     tokens, widths = (16384, (128, 512, 2048, 8192, None)) if CUDA else (64, (4, 16, None))
-    rows = []
-    for width in widths:
-        ahead, back, error = dense(1, tokens, width)
-        rows.append(dict(tokens=tokens, window=width, forward=ahead, backward=back, error=error))
-    return rows
+    return [dict(tokens=tokens, window=width) | dense(1, tokens, width) for width in widths]
 
 
 def decoding(batch: int, length: int, *, paged: bool) -> tuple[Callable[[], Any], int, float]:
     """A step that makes contexts ``length`` long, the bytes that it must read, and its error."""
-    x, k_new, v_new = inputs(1, batch), randn(batch, 1, H, D), randn(batch, 1, H, D)
+    (q, k_new, v_new), depth = inputs(1, batch)
     caches = [randn(batch, length, H, D) for _ in range(2)]
     seqlens = torch.full((batch,), length - 1, dtype=torch.int32, device=DEVICE)
     options: dict[str, Any] = dict(k_new=k_new, v_new=v_new)
@@ -132,10 +134,10 @@ def decoding(batch: int, length: int, *, paged: bool) -> tuple[Callable[[], Any]
         given = [y.view(-1, 64 if CUDA else 4, H, D) for y in caches]
         pages = torch.arange(len(given[0]), dtype=torch.int32, device=DEVICE)
         options["block_table"] = pages.view(batch, -1)
-    q, depth = x[0].detach(), [y.detach() for y in x[3:]]
-    step = partial(moda_decode, q, *given, *depth, seqlens, **options)
-    error = check(step()[:1], [q[:1], *(y[:1] for y in caches), *(y[:1] for y in depth)])
-    return step, sum(y.nbytes for y in (*caches, *depth)), error
+    packed_depth = [y for (y,) in depth]
+    step = partial(moda_decode, q, *given, *packed_depth, seqlens, **options)
+    error = check(*(y[:1] for y in (step(), q, *caches, *packed_depth)), left=None)
+    return step, sum(y.nbytes for y in (*caches, *packed_depth)), error
 
 
 def decode() -> list[Row]:
@@ -149,7 +151,9 @@ def decode() -> list[Row]:
         steps = [decoding(batch, length, paged=bool(paged))]
         while len(steps) * steps[0][1] <= 2 * cache:
             steps.append(decoding(batch, length, paged=bool(paged)))
-        ms, floor = median_ms([step for step, *_ in steps], DEVICE, SECONDS), steps[0][1] / rate
+        layers = [step for step, *_ in steps] * -(-8 // len(steps))
+        ms = median_ms([lambda: [layer() for layer in layers]], DEVICE, SECONDS) / len(layers)  # noqa: B023
+        floor = steps[0][1] / rate
         row = dict(batch=batch, context=length, paged=bool(paged), ms=ms, read_ms=floor)
         rows.append(row | dict(ratio=ms / floor, error=steps[0][2]))
     return rows

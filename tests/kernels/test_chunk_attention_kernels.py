@@ -126,3 +126,10 @@ def test_one_compilation_serves_all_chunks_lengths_and_depths():
         check(inputs, chunk_size=C)
         counts.append(sum(len(kernel.device_caches[0][0]) for kernel in kernels))
     assert counts == counts[:1] * 4
+
+
+def test_more_pairs_of_token_and_slot_than_32_bits_count():
+    T, L = 2**20, 2**11
+    q, depth = torch.zeros(16).expand(1, T, 1, 16), torch.zeros(16).expand(1, T, L, 1, 16)
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 pairs .* T = 1048576 and L = 2048"):
+        moda_kernels.chunk_attention(q, q, q, [depth], [depth], 64, 0.25, None, None)

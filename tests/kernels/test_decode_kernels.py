@@ -1,13 +1,14 @@
 """The decoding kernels against the NumPy reference, compiled or through Triton's interpreter."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
 import moda_kernels
 from helpers import FORMS, assert_decodes, make_decoding
-from moda_kernels import decode_append, decode_merge, decode_split, tuning
+from moda_kernels import decode_merge, decode_split, tuning
 
 COMPILED = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -191,20 +192,21 @@ def test_one_result_for_all_forms_of_a_cache(device, force_splits):
 
 
 def test_splits_fill_the_multiprocessors():
-    cpu = torch.device("cpu")
-    units = tuning.multiprocessors(cpu)
-    assert tuning.decode_splits(cpu, 1, 10**6, 64) == 2 * units
-    assert tuning.decode_splits(cpu, 2, 10**6, 64) == units
-    assert tuning.decode_splits(cpu, 2 * units + 1, 10**6, 64) == 1
-    assert tuning.decode_splits(cpu, 1, 200, 64) == 2
-    assert tuning.decode_splits(cpu, 1, 0, 64) == 1
+    cpu, tile = torch.device("cpu"), tuning.Tile(16, 64, 4, 3)
+    units, splits = tuning.multiprocessors(cpu), partial(tuning.decode_splits, cpu, tile)
+    assert splits(256, 1, 10**6) == 2 * units
+    assert splits(256, 2, 10**6) == units
+    assert splits(512, 1, 10**6) == units
+    assert splits(256, 2 * units + 1, 10**6) == 1
+    assert splits(256, 1, 200) == 2
+    assert splits(256, 1, 0) == 1
 
 
 @pytest.mark.gpu
 def test_one_compilation_serves_all_sizes_but_those_of_heads(force_splits):
-    modules = decode_append, decode_split, decode_merge
+    modules = decode_split, decode_merge
     kernels = [f for module in modules for n, f in vars(module).items() if n.endswith("_kernel")]
-    assert len(kernels) == 3
+    assert len(kernels) == 2
     counts = []
     for length, B, L, window, splits in [
         (48, 2, 2, 5, 2), (1, 1, 1, 1, 3), (300, 16, 16, 16, 16), (64, 7, 33, 9, 5),
