@@ -218,7 +218,7 @@ def make_text() -> tuple[Tensor, Tensor]:
     """Tokens and targets."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(CONFIG.vocab_size, (BATCH, TOKENS + 1), generator=generator)
-    return text[:, :-1].to(device()), text[:, 1:].to(device())
+    return text[:, :-1].contiguous().to(device()), text[:, 1:].to(device())
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:

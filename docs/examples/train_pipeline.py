@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(part.parameters(), lr=3e-3)
     for step in range(options.steps):
         text, losses = make_text(batch=8, tokens=64, device=device), []
-        inputs = (text[:, :-1],) if rank == 0 else ()
+        inputs = (text[:, :-1].contiguous(),) if rank == 0 else ()  # torch 2.11 checks strides
         target = text[:, 1:] if rank == stages - 1 else None
         schedule.step(*inputs, target=target, losses=losses)
         if rank in (0, stages - 1):
