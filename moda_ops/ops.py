@@ -154,8 +154,8 @@ def register(
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        *_, out, lse = ctx.saved_tensors
-        inputs = autograd.unflatten(ctx.saved_tensors, ctx.inputs)
+        *saved, out, lse = ctx.saved_tensors
+        inputs = autograd.unflatten(saved, ctx.inputs)
         op = getattr(torch.ops.moda, f"{name}_backward")
         grads = op(dout, dlse, *inputs, out, lse, **ctx.options)
         return *grads, *[None] * (len(inputs) - len(grads))
