@@ -230,5 +230,4 @@ class _Registration(MetaPathFinder):
 FLOP_COUNTER = "torch.utils.flop_counter"
 if FLOP_COUNTER in sys.modules:
     _register(sys.modules[FLOP_COUNTER])
-else:
-    sys.meta_path.insert(0, _Registration)
+sys.meta_path.insert(0, _Registration)
