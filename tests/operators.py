@@ -10,8 +10,9 @@ from moda_ops.autograd import flatten, lengths, unflatten
 
 DIFFERENTIABLE = ("attention", "attention_varlen", "chunk_attention", "depth_attention")
 BACKWARD = tuple(f"{name}_backward" for name in DIFFERENTIABLE)
-DOCUMENTS = [[0, 2, 2, 4], [0, 3, 3, 4], [0, 0, 1, 5]]  # queries; rows may follow the last
-KEY_DOCUMENTS = [[0, 3, 4, 6], [0, 3, 3, 7], [0, 1, 1, 7]]
+T, S = 5, 7
+DOCUMENTS = [[0, 2, 2, 4], [0, 3, 3, 4], [0, 0, 1, 5]]  # of T queries; rows may follow the last
+KEY_DOCUMENTS = [[0, 3, 4, 6], [0, 3, 3, 7], [0, 1, 1, 7]]  # of S keys
 
 
 class Call(NamedTuple):
@@ -34,8 +35,8 @@ class Call(NamedTuple):
 def make_call(name: str, seed: int = 0, **inputs: Any) -> Call:
     """Inputs of the same shapes for every seed; ``inputs`` are further arguments of their maker."""
     if name.endswith("_backward"):
-        return _backward(make_call(name.removesuffix("_backward"), seed, **inputs))
-    shape = dict(B=2, T=5, HQ=4, H=2, D=8, L=3, S=7, DV=4) | inputs
+        return backward_of(make_call(name.removesuffix("_backward"), seed, **inputs))
+    shape = dict(B=2, T=T, HQ=4, H=2, D=8, L=3, S=S, DV=4) | inputs
     device = shape.get("device", "cpu")
     if name == "decode":
         del shape["B"], shape["T"], shape["S"]
@@ -55,13 +56,14 @@ def make_call(name: str, seed: int = 0, **inputs: Any) -> Call:
         return Call(name, [x.q, *x[3:]], dict(scale=0.4))
     x = x.map(lambda tensor: tensor[0])
     starts = [
-        torch.tensor(cu[seed % 3], dtype=torch.int32, device=device)
-        for cu in (DOCUMENTS, KEY_DOCUMENTS)
+        torch.tensor([n * tokens // unit for n in cu[seed % 3]], dtype=torch.int32, device=device)
+        for cu, tokens, unit in ((DOCUMENTS, shape["T"], T), (KEY_DOCUMENTS, shape["S"], S))
     ]
     return Call(name, [*x, *starts], dict(causal=False, window_left=3))
 
 
-def _backward(forward: Call) -> Call:
+def backward_of(forward: Call) -> Call:
+    """The call of its backward operator that autograd makes, for random gradients."""
     out, lse = forward.run()
     generator = torch.Generator().manual_seed(1)
     dout, dlse = (
