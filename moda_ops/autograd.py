@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd import Function, forward_ad
 
 Lengths = list[int | None]
 
@@ -86,13 +85,15 @@ def register_autograd(
 
     formula: Any = type(
         f"moda_{name}",
-        (_SingleLevelFunction,),
+        (Function,),
         dict(
             forward=staticmethod(forward),
             backward=staticmethod(differentiate),
             jvp=staticmethod(jvp),
         ),
     )
+
+    apply = super(Function, formula).apply  # Function's own refuses transforms of torch.func
 
     def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **options: Any) -> Any:
         needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
@@ -103,7 +104,7 @@ def register_autograd(
         outer = torch._C._are_functorch_transforms_active()
         call = _Call(keyset, options, lengths(inputs), [], outer)
         with enable_single_level_autograd_function():
-            flat = formula.apply(call, *flatten(inputs))
+            flat = apply(call, *flatten(inputs))
         results = unflatten(flat, call.results)
         return tuple(results) if len(results) > 1 else results[0]
 

@@ -51,6 +51,20 @@ def test_gradients_through_a_stream(kind):
     assert torch.equal(grad(loss)(x.detach()), torch.autograd.grad(loss(x), x)[0])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_autograd():
+    x = torch.randn(1, 4, 2, 8, requires_grad=True)
+
+    def loss(x):
+        stream = DepthStream.allocate(1, *x.shape).write(x.sin(), x)
+        return moda_attention(stream.attend(x)[0], x, x, [x], [x]).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss(x).backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_jacobian():
     x = torch.randn(1, 3, 1, 4, dtype=torch.float64)
 

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import moda_reference
 from moda_ops import DepthStream, moda_attention
 from moda_ops.flops import visible_pairs
-from moda_ops.nn import MoDAConfig, MoDALanguageModel
 from operators import DIFFERENTIABLE, DOCUMENTS, KEY_DOCUMENTS, make_call
 
 B, T, S, HQ, H, D, DV, L = 2, 5, 7, 4, 2, 8, 4, 3  # as operators.make_call has them
@@ -135,16 +134,6 @@ def test_lengths_that_are_not_known(name):
         "decode": B * 2 * (3 + L),
     }[name]
     assert counted == 2 * HQ * n * (D + DV)
-
-
-@pytest.mark.parametrize("depth", ["residual", "attention", "kv", "kv+ffn", "kv+ffn+attn"])
-def test_the_language_model(depth):
-    """All of a forward pass, as MoDALanguageModel.flops derives it."""
-    config = MoDAConfig(
-        vocab_size=50, layers=3, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64, depth=depth
-    )
-    model = MoDALanguageModel(config)
-    assert count(model, torch.zeros(2, 7, dtype=torch.long)) == model.flops(2, 7)
 
 
 AFTER = "import torch.utils.flop_counter, moda_ops"
