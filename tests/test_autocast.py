@@ -88,6 +88,9 @@ def test_appending_writes_to_the_cache_itself(dtype, device):
     assert out.dtype is dtype
     assert torch.equal(caches[0][0, 3], k[0, 0].to(dtype))
     assert torch.equal(caches[1][1, 0], v[1, 0].to(dtype))
+    mixed = caches[0], caches[1].half()
+    with torch.autocast(device.type, LOW), pytest.raises(TypeError, match="v_cache must have"):
+        moda_decode(q, *mixed, [k], [v], lengths, k_new=k, v_new=v)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW])
@@ -108,9 +111,12 @@ def test_a_stream_decides_for_its_operators(dtype, device):
         out = run(allocate(), q, k.to(dtype), v)
     expected = run(allocate(), *(x.to(dtype) for x in (q, k, v)))
     assert_equal([out], [expected])
-    for x in (out, expected):
-        (grad,) = torch.autograd.grad(x.float().square().sum(), q)
-        assert grad.dtype is torch.float32 and grad.abs().max() > 1e-3
+    grads = [torch.autograd.grad(x.float().square().sum(), q) for x in (out, expected)]
+    assert_equal(*grads)
+    assert grads[0][0].dtype is torch.float32 and grads[0][0].abs().max() > 1e-3
+    with torch.autocast(device.type, LOW):
+        after = allocate().write(k, v).attend(q)[1]
+    assert after.token.dtype is torch.float32  # that of the running gradient
     with torch.autocast(device.type, LOW):
         slots = run(DepthSlots(), q, k, v)
     assert slots.dtype is LOW

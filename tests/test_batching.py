@@ -63,6 +63,23 @@ def test_pages(mapped):
     assert_same(torch.vmap(f, dims)(*stacked), loop(f, dims, stacked))
 
 
+def test_a_page_that_does_not_exist_is_not_another_mapping_s():
+    calls = [make_call("decode", seed, page_size=2, **FLOAT64) for seed in range(SIZE)]
+    for call in calls:
+        call.arguments[-1][0, 1] = len(call.arguments[1])  # would be the next one's first page
+    dims, stacked = mapped_arguments(calls, (0,))
+    assert_same(torch.vmap(calls[0].run, dims)(*stacked), loop(calls[0].run, dims, stacked))
+
+
+@pytest.mark.parametrize("dim", [-1, 2])
+@pytest.mark.parametrize("name", ["attention", "attention_backward"])
+def test_a_view_of_other_strides(name, dim):
+    """Folding a batch of 1 copies nothing, so that the strides are those of the mapped tensor."""
+    calls = [make_call(name, seed, B=1, **FLOAT64) for seed in range(SIZE)]
+    dims, stacked = mapped_arguments(calls, (dim,))
+    assert_same(torch.vmap(calls[0].run, dims)(*stacked), loop(calls[0].run, dims, stacked))
+
+
 @pytest.mark.parametrize("missing", ["dout", "dlse"])
 def test_a_gradient_that_is_not_there(missing):
     call = make_call("attention_backward", **FLOAT64)
