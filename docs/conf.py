@@ -1,11 +1,20 @@
 """Sphinx configuration: `make docs` builds with warnings as errors and without a network."""
 
+import shutil
 from importlib.metadata import version as installed_version
+from pathlib import Path
 
 project = "moda-ops"
 author = "The moda-ops authors"
 copyright = "2026, The moda-ops authors"
 version = release = installed_version("moda-ops")
+
+# Sphinx reads pages below its own folder alone, and MyST follows a symbolic link out of it.
+pages = Path(__file__).parent / "tutorials"
+shutil.rmtree(pages, ignore_errors=True)
+shutil.copytree(
+    pages.parents[1] / "tutorials", pages, ignore=shutil.ignore_patterns(".*", "_*", "*.py")
+)
 
 extensions = [
     "myst_nb",
@@ -18,7 +27,9 @@ html_theme = "furo"
 html_title = f"moda-ops {version}"
 
 nb_execution_mode = "off"  # notebooks are committed with their outputs
-myst_enable_extensions = ["deflist"]
+nb_code_prompt_show = "Show the {type}"
+nb_code_prompt_hide = "Hide the {type}"
+myst_enable_extensions = ["deflist", "dollarmath"]
 highlight_language = "none"  # literal blocks in docstrings are equations
 
 autodoc_member_order = "bysource"
