@@ -1,5 +1,6 @@
 """The notebooks as documents: complete, executed, diffable. In `make test` nbval runs the cells."""
 
+import importlib
 import json
 import re
 import runpy
@@ -144,6 +145,23 @@ def test_what_counts_as_a_reason() -> None:
     assert unexplained_markers(cell("# says when it ran\n# NBVAL_IGNORE_OUTPUT\n1")) == []
     assert unexplained_markers(cell("1", tags=["nbval-skip"])) == ["nbval-skip"]
     assert unexplained_markers(cell("1", tags=["hide-cell"])) == []
+
+
+def test_figures_are_recorded_only_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    measure = importlib.import_module("measure")
+    monkeypatch.setattr(measure, "FOLDER", tmp_path / "measurements")
+    monkeypatch.delenv("MODA_RECORD", raising=False)
+    measure.record("03_x", lambda: pytest.fail("measured without being asked"))
+    assert measure.recorded("03_x") == []
+    monkeypatch.setenv("MODA_RECORD", "1")
+    measure.record("03_x", lambda: {"ms": 1.5})
+    (figures,) = measure.recorded("03_x")
+    assert figures["ms"] == 1.5 and figures["command"] == "MODA_RECORD=1 python 03_x.py"
+    assert {"device", "torch", "python"} <= set(figures)
+    assert measure.recorded("03") == []  # of this notebook alone
 
 
 def test_only_marked_numbers_are_not_compared() -> None:
