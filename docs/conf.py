@@ -4,6 +4,10 @@ import shutil
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+
 project = "moda-ops"
 author = "The moda-ops authors"
 copyright = "2026, The moda-ops authors"
@@ -41,3 +45,19 @@ copybutton_prompt_is_regexp = True
 
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(torch|transformers|numpy|np|npt|collections)\..*")]
+
+html_math_renderer = "mathml"  # browsers show it without MathJax, so without a network
+
+
+def write_inline(translator: nodes.NodeVisitor, node: nodes.math) -> None:
+    translator.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def write_block(translator: nodes.NodeVisitor, node: nodes.math_block) -> None:
+    translator.body.append(f"<p>{convert(node.astext(), display='block')}</p>")
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (write_inline, None), (write_block, None))
