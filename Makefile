@@ -4,16 +4,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check docs bench
+.PHONY: help demo test check docs bench tutorials
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed-demo ## train a small MoDA language model for two minutes; writes out/demo
 	$(BIN)/python -m moda_ops demo
 
-test: $(VENV)/installed-test ## run every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable
+test: $(VENV)/installed-test ## run every test and every notebook
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable \
+		--nbval --nbval-current-env --nbval-sanitize-with tutorials/sanitize.cfg
 
 check: $(VENV)/installed-dev ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -22,6 +23,9 @@ check: $(VENV)/installed-dev ## lint, formatting and types
 
 docs: $(VENV)/installed-docs ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
+
+tutorials: $(VENV)/installed-test ## execute the notebooks and write their outputs into them
+	OMP_NUM_THREADS=1 $(BIN)/python tutorials/execute.py
 
 bench: $(VENV)/installed-test ## time the operator beside its peers, and its host side; writes out/bench
 	$(BIN)/python -m moda_ops bench

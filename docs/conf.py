@@ -1,11 +1,24 @@
 """Sphinx configuration: `make docs` builds with warnings as errors and without a network."""
 
+import shutil
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
 
 project = "moda-ops"
 author = "The moda-ops authors"
 copyright = "2026, The moda-ops authors"
 version = release = installed_version("moda-ops")
+
+# Sphinx reads pages below its own folder alone, and MyST follows a symbolic link out of it.
+pages = Path(__file__).parent / "tutorials"
+shutil.rmtree(pages, ignore_errors=True)
+shutil.copytree(
+    pages.parents[1] / "tutorials", pages, ignore=shutil.ignore_patterns(".*", "_*", "*.py")
+)
 
 extensions = [
     "myst_nb",
@@ -18,7 +31,9 @@ html_theme = "furo"
 html_title = f"moda-ops {version}"
 
 nb_execution_mode = "off"  # notebooks are committed with their outputs
-myst_enable_extensions = ["deflist"]
+nb_code_prompt_show = "Show the {type}"
+nb_code_prompt_hide = "Hide the {type}"
+myst_enable_extensions = ["deflist", "dollarmath"]
 highlight_language = "none"  # literal blocks in docstrings are equations
 
 autodoc_member_order = "bysource"
@@ -30,3 +45,19 @@ copybutton_prompt_is_regexp = True
 
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(torch|transformers|numpy|np|npt|collections)\..*")]
+
+html_math_renderer = "mathml"  # browsers show it without MathJax, so without a network
+
+
+def write_inline(translator: nodes.NodeVisitor, node: nodes.math) -> None:
+    translator.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def write_block(translator: nodes.NodeVisitor, node: nodes.math_block) -> None:
+    translator.body.append(f"<p>{convert(node.astext(), display='block')}</p>")
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (write_inline, None), (write_block, None))

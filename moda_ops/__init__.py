@@ -17,6 +17,8 @@ from moda_ops.migration import from_authors, to_authors
 from moda_ops.stream import DepthSlots, DepthStream
 from moda_ops.varlen import moda_attention_varlen
 
+from moda_ops import autocast as autocast, batching as batching, flops as flops  # isort: skip  # of all operators
+
 __version__ = "0.1.0"
 __all__ = [
     "DepthSlots",

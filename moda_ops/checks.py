@@ -377,13 +377,3 @@ def check_decode(
                     f"{tuple(cache.stride())} for shape {_shape(cache)}"
                 )
     _check_options(options)
-    if torch.is_grad_enabled():
-        for name, tensors in (
-            ("q", [q]), ("k_cache", [k_cache]), ("v_cache", [v_cache]), ("k_depth", k_depth),
-            ("v_depth", v_depth), ("k_new", [k_new]), ("v_new", [v_new]),
-        ):  # fmt: skip
-            if any(x is not None and x.requires_grad for x in tensors):
-                raise RuntimeError(
-                    f"moda_decode has no gradient, but {name} requires one; call it under "
-                    "torch.no_grad() or torch.inference_mode(), or train with moda_attention"
-                )

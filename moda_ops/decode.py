@@ -18,6 +18,7 @@ from moda_ops.attention import (
     slot_lists,
     window_sides,
 )
+from moda_ops.autograd import refuse_gradients
 from moda_ops.checks import DECODING, check_both, check_decode
 from moda_ops.ops import LIBRARY, Options, implementation, lse_dtype
 
@@ -130,6 +131,12 @@ for _name, _kernel, _fake in (
     for _device in ("CPU", "CUDA"):
         LIBRARY.impl(_name, _kernel, _device)
     torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
+    refuse_gradients(
+        LIBRARY,
+        _name,
+        "moda_decode has no gradient, but {} requires one; call it under torch.no_grad() or "
+        "torch.inference_mode(), or train with moda_attention",
+    )
 
 
 @overload

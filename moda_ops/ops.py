@@ -7,13 +7,12 @@ the first such call.
 
 import math
 from collections.abc import Callable
-from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moda_ops import eager
+from moda_ops import autograd, eager
 from moda_ops.checks import check_attention, check_backward
 
 LIBRARY = torch.library.Library("moda", "DEF")  # the registrations live as long as this object
@@ -148,31 +147,21 @@ def register(
         torch.library.register_fake(f"moda::{op}", fake, lib=LIBRARY)
 
     def setup_context(
-        ctx: Any,
-        inputs: tuple[Any, ...],
-        keyword_only_inputs: dict[str, Any],
-        output: tuple[Tensor, Tensor],
+        ctx: Any, inputs: list[Any], options: dict[str, Any], output: tuple[Tensor, Tensor]
     ) -> None:
-        ctx.lengths = [None if isinstance(x, Tensor) else len(x) for x in inputs]
-        tensors = chain.from_iterable([x] if isinstance(x, Tensor) else x for x in inputs)
-        ctx.save_for_backward(*tensors, *output)
-        ctx.options = keyword_only_inputs
+        ctx.inputs, ctx.options = autograd.lengths(inputs), options
+        ctx.save_for_backward(*autograd.flatten(inputs), *output)
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if n is None else list(islice(saved, n)) for n in ctx.lengths]
+        *saved, out, lse = ctx.saved_tensors
+        inputs = autograd.unflatten(saved, ctx.inputs)
         op = getattr(torch.ops.moda, f"{name}_backward")
-        grads = op(dout, dlse, *inputs, *saved, **ctx.options)
+        grads = op(dout, dlse, *inputs, out, lse, **ctx.options)
         return *grads, *[None] * (len(inputs) - len(grads))
 
-    def no_double_backward(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(f"moda::{name} has no second derivative (create_graph=True)")
-
-    torch.library.register_autograd(
-        f"moda::{name}", differentiate, setup_context=setup_context, lib=LIBRARY
-    )
-    torch.library.register_autograd(f"moda::{name}_backward", no_double_backward, lib=LIBRARY)
+    autograd.register_autograd(LIBRARY, name, differentiate, setup_context)
+    autograd.register_autograd(LIBRARY, f"{name}_backward", autograd.no_derivative(name))
 
 
 register("attention", _attention, attention_fake, _attention_backward, attention_backward_fake)

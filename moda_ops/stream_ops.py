@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moda_ops import ops
+from moda_ops.autograd import no_derivative, register_autograd
 from moda_ops.checks import (
     check_backward,
     check_like,
@@ -131,7 +132,9 @@ def _write_fake(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor) -> Tensor:
     return _token(token, token.shape[0] + 1)
 
 
-def _write_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _write_setup_context(
+    ctx: Any, inputs: list[Any], options: dict[str, Any], output: Tensor
+) -> None:
     k, v, _, _ = inputs
     ctx.dims = k.shape[-1], v.shape[-1]
     ctx.set_materialize_grads(False)
@@ -155,7 +158,9 @@ def _read_fake(buffer: Tensor, token: Tensor) -> Tensor:
     return buffer.new_empty(token.shape)
 
 
-def _read_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _read_setup_context(
+    ctx: Any, inputs: tuple[Tensor, Tensor], options: dict[str, Any], output: Tensor
+) -> None:
     ctx.grad_dtype = inputs[1].dtype
 
 
@@ -231,14 +236,14 @@ def _attention_fake(
 
 def _attention_setup_context(
     ctx: Any,
-    inputs: tuple[Any, ...],
-    keyword_only_inputs: dict[str, Any],
+    inputs: list[Any],
+    options: dict[str, Any],
     output: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     q, k, v, buffer, token, *cu_seqlens = inputs
     out, lse, _ = output
     ctx.save_for_backward(q, k, v, buffer, out, lse, *cu_seqlens)
-    ctx.slots, ctx.grad_dtype, ctx.options = token.shape[0], token.dtype, keyword_only_inputs
+    ctx.slots, ctx.grad_dtype, ctx.options = token.shape[0], token.dtype, options
     ctx.set_materialize_grads(False)
 
 
@@ -368,10 +373,6 @@ def _check_attention_backward(
         )
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise NotImplementedError("moda::stream_attention has no second derivative (create_graph=True)")
-
-
 for _name, _kernel, _fake in (
     ("stream_buffer", _buffer, _buffer_fake),
     ("stream_write", _write, _write_fake),
@@ -382,16 +383,10 @@ for _name, _kernel, _fake in (
     for _device in ("CPU", "CUDA"):
         LIBRARY.impl(_name, _kernel, _device)
     torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "moda::stream_write", _write_backward, setup_context=_write_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "moda::stream_read", _read_backward, setup_context=_read_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "moda::stream_attention",
-    _attention_backward_formula,
-    setup_context=_attention_setup_context,
-    lib=LIBRARY,
-)
-torch.library.register_autograd("moda::stream_attention_backward", _no_double_backward, lib=LIBRARY)
+for _name, *_formula in (
+    ("stream_write", _write_backward, _write_setup_context),
+    ("stream_read", _read_backward, _read_setup_context),
+    ("stream_attention", _attention_backward_formula, _attention_setup_context),
+    ("stream_attention_backward", no_derivative("stream_attention")),
+):
+    register_autograd(LIBRARY, _name, *_formula)

@@ -114,9 +114,8 @@ def test_tensor_in_both_key_sets_gets_both_gradients(device):
         torch.testing.assert_close(torch.autograd.grad(f(shared), shared)[0], expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_does_not_reach_inside(dtype, device):
-    inputs = make_inputs(1, 9, 4, 2, 16, 2, dtype=dtype, device=device)
+def test_autocast_does_not_reach_inside(device):
+    inputs = make_inputs(1, 9, 4, 2, 16, 2, dtype=torch.bfloat16, device=device)
     with torch.autocast(device.type, torch.bfloat16):
         assert_matches_reference(inputs, run_public())
 

@@ -22,17 +22,17 @@ _WORDS = 128  # per launch; a CUDA kernel takes at most 4 KB of arguments
 
 
 @triton.jit
-def _write_words_kernel(table_ptr, words):
+def _moda_slot_table_kernel(table_ptr, words):
     for i in tl.static_range(len(words)):
         tl.store(table_ptr + i, words[i])
 
 
 @lru_cache
 def _write_words(device: torch.device) -> Launch:
-    """``_write_words_kernel``, compiled for any words: Triton makes a constant of a 1, and takes 32 bits
+    """``_moda_slot_table_kernel``, compiled for any words: Triton makes a constant of a 1, and takes 32 bits
     for a number that fits, so that it must see large ones first.
     """
-    launch = Launch(_write_words_kernel, 1, num_warps=1)
+    launch = Launch(_moda_slot_table_kernel, 1, num_warps=1)
     launch(torch.empty(_WORDS, dtype=torch.int64, device=device), (2**62 + 1,) * _WORDS)
     return launch
 

@@ -1,0 +1,144 @@
+"""Gradient formulas of the operators, for autograd and for ``torch.func``.
+
+What ``torch.library.register_autograd`` does, and two things that it does not (PyTorch issues
+168393, 170834 and 179652): ``torch.func.grad`` and all that stands on it work, and a forward-mode
+derivative is an error instead of nothing.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import Function, forward_ad
+
+Lengths = list[int | None]
+
+
+class _Call(NamedTuple):
+    """What a call consists of beside its flattened arguments, and how its results are nested."""
+
+    keyset: torch._C.DispatchKeySet
+    options: dict[str, Any]
+    inputs: Lengths
+    results: Lengths
+    outer: bool
+
+
+def lengths(arguments: Iterable[Any]) -> Lengths:
+    """How many tensors each list among the arguments holds; None for what is no list."""
+    return [len(x) if isinstance(x, list) else None for x in arguments]
+
+
+def flatten(arguments: Iterable[Any]) -> list[Any]:
+    """The arguments with the lists among them opened."""
+    return list(chain.from_iterable(x if isinstance(x, list) else (x,) for x in arguments))
+
+
+def unflatten(flat: Iterable[Any], form: Lengths) -> list[Any]:
+    """The inverse of ``flatten`` for arguments of these ``lengths``."""
+    rest = iter(flat)
+    return [next(rest) if n is None else list(islice(rest, n)) for n in form]
+
+
+def register_autograd(
+    library: torch.library.Library,
+    name: str,
+    backward: Callable[..., tuple[Any, ...]],
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Give ``moda::name`` a gradient.
+
+    ``setup_context(ctx, inputs, options, output)`` sees all positional arguments and the options
+    that were given; ``backward(ctx, *gradients)`` returns a gradient or None for each of these
+    inputs, a list for a list.
+    """
+    op = getattr(torch.ops.moda, name).default
+    defaults = [a.default_value for a in op._schema.arguments if not a.kwarg_only]
+
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError(
+            f"moda::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors); "
+            "use reverse mode: torch.func.vjp, torch.func.jacrev or backward()"
+        )
+
+    def forward(ctx: Any, call: _Call, *flat: Any) -> tuple[Any, ...]:
+        inputs = unflatten(flat, call.inputs)
+        keyset = call.keyset & torch._C._after_autograd_keyset
+        # A Function runs without gradients; an outer transform of torch.func needs its own.
+        with (
+            torch.set_grad_enabled(call.outer),
+            forward_ad._set_fwd_grad_enabled(call.outer),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
+            output = op.redispatch(keyset, *inputs, **call.options)
+            if setup_context is not None:
+                setup_context(ctx, inputs, call.options, output)
+        results = output if isinstance(output, tuple) else (output,)
+        call.results.extend(lengths(results))
+        ctx.results = call.results
+        return tuple(flatten(results))
+
+    def differentiate(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        return None, *flatten(backward(ctx, *unflatten(gradients, ctx.results)))
+
+    formula: Any = type(
+        f"moda_{name}",
+        (Function,),
+        dict(
+            forward=staticmethod(forward),
+            backward=staticmethod(differentiate),
+            jvp=staticmethod(jvp),
+        ),
+    )
+
+    apply = super(Function, formula).apply  # Function's own refuses transforms of torch.func
+
+    def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **options: Any) -> Any:
+        needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        if not needed and forward_ad._current_level < 0:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs, **options)
+        inputs = (*inputs, *defaults[len(inputs) :])  # the dispatcher drops arguments at defaults
+        outer = torch._C._are_functorch_transforms_active()
+        call = _Call(keyset, options, lengths(inputs), [], outer)
+        with enable_single_level_autograd_function():
+            flat = apply(call, *flatten(inputs))
+        results = unflatten(flat, call.results)
+        return tuple(results) if len(results) > 1 else results[0]
+
+    library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def no_derivative(name: str) -> Callable[..., Any]:
+    """A ``backward`` for ``moda::name_backward``, which says that there is none."""
+
+    def backward(ctx: Any, *gradients: Sequence[Any]) -> Any:
+        raise NotImplementedError(f"moda::{name} has no second derivative (create_graph=True)")
+
+    return backward
+
+
+def refuse_gradients(library: torch.library.Library, name: str, message: str) -> None:
+    """Let ``moda::name`` raise RuntimeError, before it runs, for inputs that need a derivative.
+
+    ``message`` has a place, ``{}``, for the argument's name.
+    """
+    op = getattr(torch.ops.moda, name).default
+
+    def needs_derivative(x: Any) -> bool:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return True
+        return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+    def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            for argument, given in zip(op._schema.arguments, inputs, strict=False):
+                tensors = flatten([given])
+                if any(isinstance(x, torch.Tensor) and needs_derivative(x) for x in tensors):
+                    raise RuntimeError(message.format(argument.name))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs, **options)
+
+    library.impl(name, autograd, "Autograd", with_keyset=True)
