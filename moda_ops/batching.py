@@ -134,5 +134,11 @@ _register("decode", _pages, {})
 _refuse(
     "decode_", "it writes to its caches; append to them first and map moda_decode without k_new"
 )
-for _name in ("stream_buffer", "stream_write", "stream_attention", "stream_attention_backward"):
+for _name in (
+    "stream_buffer",
+    "stream_write",
+    "stream_read",
+    "stream_attention",
+    "stream_attention_backward",
+):
     _refuse(_name, "a DepthStream is written in place; map over DepthSlots, or over moda_attention")

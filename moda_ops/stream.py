@@ -148,6 +148,20 @@ class DepthStream(NamedTuple):
         token = torch.ops.moda.stream_write(k, v, self.buffer, self.token)
         return DepthStream(self.buffer, token, self.head_dim)
 
+    def read(self) -> Tensor:
+        """A copy of the written slots, (written, B, T, H, D + DV), keys and values side by side.
+
+        Differentiable: a gradient of the copy is one of the slots, so that another process may go
+        on with it.
+
+        Example:
+            >>> stream = DepthStream.allocate(slots=2, batch=1, tokens=3, kv_heads=1, head_dim=4)
+            >>> k, v = torch.randn(2, 1, 3, 1, 4)
+            >>> torch.equal(stream.write(k, v).read()[0], torch.cat((k, v), -1))
+            True
+        """
+        return torch.ops.moda.stream_read(self.buffer, self.token)
+
     def attend(
         self,
         q: Tensor,

@@ -24,7 +24,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from moda_ops import ops
 from moda_ops.autograd import no_derivative, register_autograd
-from moda_ops.checks import check_backward, check_like, check_stream_attention, check_stream_write
+from moda_ops.checks import (
+    check_backward,
+    check_like,
+    check_stream,
+    check_stream_attention,
+    check_stream_write,
+)
 from moda_ops.ops import LIBRARY, OPTIONS, Options
 
 LIBRARY.define(
@@ -33,6 +39,10 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "stream_write(Tensor k, Tensor v, Tensor buffer, Tensor token) -> Tensor token",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "stream_read(Tensor buffer, Tensor token) -> Tensor slots",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
@@ -135,6 +145,27 @@ def _write_backward(ctx: Any, dtoken: Tensor | None) -> tuple[Tensor | None, ...
         return None, None, None, None
     dk, dv = dtoken[-1].split(ctx.dims, -1)
     return dk, dv, None, dtoken[:-1]
+
+
+def _read(buffer: Tensor, token: Tensor) -> Tensor:
+    check_stream(buffer, token)
+    _check_written(buffer, token.shape[0])
+    return buffer[: token.shape[0]].clone()
+
+
+def _read_fake(buffer: Tensor, token: Tensor) -> Tensor:
+    check_stream(buffer, token)
+    return buffer.new_empty(token.shape)
+
+
+def _read_setup_context(
+    ctx: Any, inputs: tuple[Tensor, Tensor], options: dict[str, Any], output: Tensor
+) -> None:
+    ctx.grad_dtype = inputs[1].dtype
+
+
+def _read_backward(ctx: Any, dslots: Tensor) -> tuple[None, Tensor]:
+    return None, dslots.to(ctx.grad_dtype)
 
 
 def _packed(x: Tensor, slots: int, D: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -345,6 +376,7 @@ def _check_attention_backward(
 for _name, _kernel, _fake in (
     ("stream_buffer", _buffer, _buffer_fake),
     ("stream_write", _write, _write_fake),
+    ("stream_read", _read, _read_fake),
     ("stream_attention", _attention, _attention_fake),
     ("stream_attention_backward", _attention_backward, _attention_backward_fake),
 ):
@@ -353,6 +385,7 @@ for _name, _kernel, _fake in (
     torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
 for _name, *_formula in (
     ("stream_write", _write_backward, _write_setup_context),
+    ("stream_read", _read_backward, _read_setup_context),
     ("stream_attention", _attention_backward_formula, _attention_setup_context),
     ("stream_attention_backward", no_derivative("stream_attention")),
 ):

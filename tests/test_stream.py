@@ -169,6 +169,7 @@ def test_opcheck(device, monkeypatch):
         leaves = [x.clone().requires_grad_(grad) for x in (q, k, v)]
         token = zeros(buffer, 2).requires_grad_(grad)
         torch.library.opcheck(moda.stream_write.default, (*leaves[1:], buffer, token))
+        torch.library.opcheck(moda.stream_read.default, (buffer, token))
         for keys in (leaves[1:], (None, None)):
             args = (leaves[0], *keys, buffer, token)
             torch.library.opcheck(moda.stream_attention.default, args, dict(softcap=2.0))
@@ -178,6 +179,25 @@ def test_opcheck(device, monkeypatch):
             args = (torch.randn_like(out), dlse, dtoken, q, *keys, buffer, out, lse, 2)
             args = (*args, torch.float32)
             torch.library.opcheck(moda.stream_attention_backward.default, args)
+
+
+def test_read_goes_on_in_another_stream():
+    """A copy, whose gradient is that of the slots."""
+    q = random_input(torch.float64).detach()
+    results = []
+    for split in (False, True):
+        q, k, v = (x.detach().requires_grad_() for x in (q, q[:, :, :H], q[:, :, :H, :DV]))
+        stream = allocate(3, dtype=torch.float64).write(k, v).write(k.sin(), v.cos())
+        if split:
+            slots = stream.read()
+            assert slots.data_ptr() != stream.buffer.data_ptr()
+            stream = allocate(2, dtype=torch.float64)
+            for slot in slots:
+                stream = stream.write(*slot.split([D, DV], -1))
+        out, _ = stream.attend(q)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -1,6 +1,6 @@
 """The layers of a block: rotary embedding, norm, attention, feed-forward, and their writes."""
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,10 @@ from moda_ops.nn.cache import CachedStream
 from moda_ops.nn.config import BlockConfig
 from moda_ops.stream import DepthSlots, DepthStream
 
-Stream = TypeVar("Stream", DepthSlots, DepthStream, CachedStream)
+if TYPE_CHECKING:
+    from moda_ops.nn.context_parallel import ContextParallelStream
+
+Stream = TypeVar("Stream", DepthSlots, DepthStream, CachedStream, "ContextParallelStream")
 """Any form of the depth stream."""
 
 Rotary = tuple[Tensor, Tensor]

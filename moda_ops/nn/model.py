@@ -1,7 +1,7 @@
 """The blocks, what every model has, and the language model."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from moda_ops.nn.layers import (
     rotary_angles,
 )
 from moda_ops.stream import DepthSlots, DepthStream
+
+if TYPE_CHECKING:
+    from moda_ops.nn.context_parallel import ContextParallel, ContextParallelStream
 
 
 class MoDABlock(nn.Module):
@@ -147,6 +150,7 @@ class MoDATransformer(nn.Module):
     def __init__(self, config: BlockConfig, embedding: nn.Module) -> None:
         super().__init__()
         self.config = config
+        self.kv_heads = config.kv_heads  # that this process has: tensor parallelism divides them
         self.embedding = embedding
         depth_attention = config.depth == "attention"
         self.embedding_norm = RMSNorm(config.width, gain=False) if depth_attention else None
@@ -190,21 +194,17 @@ class MoDATransformer(nn.Module):
 
     def stream(self, batch: int, tokens: int) -> DepthSlots | DepthStream:
         """The empty stream of a forward pass, as large as the blocks will fill it."""
-        slots = self.config.depth_slots()
-        if slots == 0:
-            return DepthSlots()
-        c, weight = self.config, next(self.embedding.parameters())
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = None if autocast else weight.dtype
-        return DepthStream.allocate(
-            slots, batch, tokens, c.kv_heads, c.head_dim, dtype=dtype, device=weight.device
-        )
+        return self._allocate(batch, tokens) if self.config.depth_slots() else DepthSlots()
+
+    def _allocate(self, batch: int, tokens: int) -> DepthStream:
+        shape = self.config.depth_slots(), batch, tokens, self.kv_heads, self.config.head_dim
+        return allocate_stream(*shape, like=next(self.embedding.parameters()))
 
     def hidden(
         self,
         x: Tensor,
         rotary: Rotary | None,
-        stream: DepthSlots | DepthStream | CachedStream,
+        stream: "DepthSlots | DepthStream | CachedStream | ContextParallelStream",
         *,
         run_block: RunBlock | None = None,
     ) -> Tensor:
@@ -299,22 +299,57 @@ class MoDALanguageModel(MoDATransformer):
 
     def rotary(self, tokens: int) -> Rotary:
         """Angles of positions 0 .. tokens - 1."""
-        positions = torch.arange(tokens, device=self.embedding.weight.device)
+        return self._rotary(torch.arange(tokens, device=self.embedding.weight.device))
+
+    def _rotary(self, positions: Tensor) -> Rotary:
         return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
 
-    def forward(self, tokens: Tensor, stream: DepthSlots | DepthStream | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        stream: DepthSlots | DepthStream | None = None,
+        *,
+        context: "ContextParallel | None" = None,
+    ) -> Tensor:
         """Logits (B, T, vocab_size) of the token after each of tokens (B, T).
 
         Args:
             tokens: (B, T), integer.
             stream: an empty stream; default a :class:`DepthStream` of the right size. Give
                 ``DepthSlots()`` for the functional path.
+            context: given if tokens are this rank's part of a sequence, as are then the logits; it
+                makes the stream.
         """
+        B, T = tokens.shape
+        if context is not None:
+            if stream is not None:
+                raise ValueError("stream must be None if context is given, which makes the stream")
+            angles = self._rotary(context.positions(T, tokens.device))
+            parts = context.stream(*(self._allocate(B, T // 2) for _ in range(2)))
+            return self.logits(self.hidden(self.embedding(tokens), angles, parts))
         if stream is None:
-            stream = self.stream(*tokens.shape)
-        x = self.embedding(tokens)
-        return self.logits(self.hidden(x, self.rotary(tokens.shape[1]), stream))
+            stream = self.stream(B, T)
+        return self.logits(self.hidden(self.embedding(tokens), self.rotary(T), stream))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer: logits (..., vocab_size) of hidden (..., C)."""
-        return F.linear(hidden, self.embedding.weight)
+        return output_layer(hidden, self.embedding.weight)
+
+
+def output_layer(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits (..., vocab_size) of hidden (..., C) and weight (vocab_size, C)."""
+    if hasattr(weight, "device_mesh"):  # tensor parallelism has sharded the vocabulary
+        from torch.distributed.tensor import DTensor
+
+        hidden = DTensor.from_local(hidden, weight.device_mesh)
+    return F.linear(hidden, weight)
+
+
+def allocate_stream(
+    slots: int, batch: int, tokens: int, kv_heads: int, head_dim: int, *, like: Tensor
+) -> DepthStream:
+    """An empty stream for what a model with this weight computes, under autocast or without."""
+    dtype = None if torch.is_autocast_enabled(like.device.type) else like.dtype
+    return DepthStream.allocate(
+        slots, batch, tokens, kv_heads, head_dim, dtype=dtype, device=like.device
+    )
