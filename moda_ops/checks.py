@@ -109,6 +109,18 @@ def depth_heads(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tupl
     return H, DV
 
 
+def check_depth_mass(
+    q: Tensor, k_depth: list[Tensor], lse: Tensor, lse_dtype: torch.dtype, options: "Options"
+) -> None:
+    """Raise ValueError or TypeError unless the arguments of ``moda::depth_mass`` fit together."""
+    _check_query(q, BATCHED)
+    (B, T, HQ, D), (H, _) = q.shape, depth_heads(q, k_depth, [])
+    _check_slots("k_depth", "D", q, k_depth, H, D, BATCHED)
+    _check_heads(HQ, H, D, D, "k_depth", "q")
+    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", lse_dtype, q.device)
+    _check_options(options)
+
+
 def _check_depth(
     q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], H: int, DV: int, axes: Axes
 ) -> None:
@@ -117,21 +129,34 @@ def _check_depth(
             "k_depth and v_depth must have the same number of slots, "
             f"got {len(k_depth)} and {len(v_depth)}"
         )
-    tokens, D = q.shape[: axes.rank], q.shape[-1]
-    if len(k_depth) == 1 and k_depth[0].dim() == axes.rank + 3:
-        slots = *tokens, k_depth[0].shape[-3], H
-        _check_input("k_depth", k_depth[0], (*slots, D), f"({axes.queries}, L, H, D)", q)
-        _check_input("v_depth", v_depth[0], (*slots, DV), f"({axes.queries}, L, H, DV)", q)
-    else:
-        dtype, device = q.dtype, q.device
-        for name, depth, shape, dims in (
-            ("k_depth", k_depth, (*tokens, H, D), f"({axes.queries}, H, D)"),
-            ("v_depth", v_depth, (*tokens, H, DV), f"({axes.queries}, H, DV)"),
-        ):
-            for i, x in enumerate(depth):  # there may be hundreds: the cheapest test first
-                fits = x.shape == shape and x.dtype is dtype and x.device == device
-                if not (fits and x.stride(-1) == 1):
-                    _check_input(f"{name}[{i}]", x, shape, dims, q)
+    L = _check_slots("k_depth", "D", q, k_depth, H, q.shape[-1], axes)
+    _check_slots("v_depth", "DV", q, v_depth, H, DV, axes, L)
+
+
+def _check_slots(
+    name: str,
+    width: str,
+    q: Tensor,
+    depth: list[Tensor],
+    H: int,
+    D: int,
+    axes: Axes,
+    L: int | None = None,
+) -> int | None:
+    """One of the two depths; ``L`` is the other's number of packed slots, None of a list."""
+    tokens = q.shape[: axes.rank]
+    if L is not None or (len(depth) == 1 and depth[0].dim() == axes.rank + 3):
+        L = depth[0].shape[-3] if L is None else L
+        dims = f"({axes.queries}, L, H, {width})"
+        _check_input(name, depth[0], (*tokens, L, H, D), dims, q)
+        return L
+    shape, dims = (*tokens, H, D), f"({axes.queries}, H, {width})"
+    dtype, device = q.dtype, q.device
+    for i, x in enumerate(depth):  # there may be hundreds: the cheapest test first
+        fits = x.shape == shape and x.dtype is dtype and x.device == device
+        if not (fits and x.stride(-1) == 1):
+            _check_input(f"{name}[{i}]", x, shape, dims, q)
+    return None
 
 
 def _check_query(q: Tensor, axes: Axes) -> None:
