@@ -1,6 +1,7 @@
 """What the operators accept: one pass over the arguments, errors that name the argument."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
@@ -286,11 +287,21 @@ def check_stream(buffer: Tensor, token: Tensor) -> None:
         raise ValueError(f"buffer must be contiguous, got strides {tuple(buffer.stride())}")
 
 
-def check_stream_write(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor) -> None:
-    """Raise unless k and v fit the next slot of the stream, and there is one."""
+def slots_left(token: Tensor, places: Sequence[int] | None) -> int:
+    """How many slots are there, where ``places`` is -1 for a dropped row of the token."""
+    return token.shape[0] if places is None else sum(1 for place in places if place >= 0)
+
+
+def check_stream_write(
+    k: Tensor, v: Tensor, buffer: Tensor, token: Tensor, slot: int | None
+) -> int:
+    """The slot that k and v go into, by default the token's next; raise unless they fit it."""
     check_stream(buffer, token)
     slots, B, T, H, E = buffer.shape
-    if token.shape[0] == slots:
+    slot = token.shape[0] if slot is None else slot
+    if slot < 0:
+        raise ValueError(f"slot must be at least 0, got {slot}")
+    if slot >= slots:
         raise ValueError(f"the depth stream is too short: all of its {slots} slots are written")
     for name, tensor, dims in (("k", k, "(B, T, H, D)"), ("v", v, "(B, T, H, DV)")):
         if tensor.dim() != 4:
@@ -302,6 +313,7 @@ def check_stream_write(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor) -> N
             f"k and v must have D + DV = {E} in all to fit the depth stream, "
             f"got D = {k.shape[-1]} and DV = {v.shape[-1]}"
         )
+    return slot
 
 
 def check_stream_attention(
@@ -312,10 +324,22 @@ def check_stream_attention(
     token: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    places: Sequence[int] | None,
     options: "Options",
 ) -> None:
     """Raise unless the arguments of ``moda::stream_attention`` fit together."""
     check_stream(buffer, token)
+    if places is not None:
+        if len(places) != token.shape[0]:
+            raise ValueError(
+                "places must have an entry for each of the token's "
+                f"{token.shape[0]} rows, got {len(places)}"
+            )
+        for place in places:
+            if place >= buffer.shape[0]:
+                raise ValueError(
+                    f"places must be below the buffer's {buffer.shape[0]} slots, got {place}"
+                )
     _, B, T, H, E = buffer.shape
     check_both("k", k, "v", v)
     check_both("cu_seqlens_q", cu_seqlens_q, "cu_seqlens_k", cu_seqlens_k)
@@ -323,6 +347,11 @@ def check_stream_attention(
         check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
         if B != 1:
             raise ValueError(f"packed documents need a depth stream of batch B = 1, got B = {B}")
+    if k is None and places and places[-1] < 0:
+        raise ValueError(
+            "the newest slot of the depth stream has been dropped: write this layer's keys and "
+            "values first, or give k and v"
+        )
     if k is None and token.shape[0] == 0:
         raise ValueError(
             "the depth stream is empty: write this layer's keys and values first, or give k and v"

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from moda_ops.nn.cache import CachedStream
 from moda_ops.nn.config import BlockConfig
+from moda_ops.nn.watch import WatchedStream
 from moda_ops.stream import DepthSlots, DepthStream
 
-Stream = TypeVar("Stream", DepthSlots, DepthStream, CachedStream)
+Stream = TypeVar("Stream", DepthSlots, DepthStream, CachedStream, WatchedStream)
 """Any form of the depth stream."""
 
 Rotary = tuple[Tensor, Tensor]

@@ -19,6 +19,7 @@ from moda_ops.nn.layers import (
     Stream,
     rotary_angles,
 )
+from moda_ops.nn.watch import WatchedStream
 from moda_ops.stream import DepthSlots, DepthStream
 
 
@@ -147,6 +148,7 @@ class MoDATransformer(nn.Module):
     def __init__(self, config: BlockConfig, embedding: nn.Module) -> None:
         super().__init__()
         self.config = config
+        self.depth_kept = config.depth_positions()
         self.embedding = embedding
         depth_attention = config.depth == "attention"
         self.embedding_norm = RMSNorm(config.width, gain=False) if depth_attention else None
@@ -189,9 +191,13 @@ class MoDATransformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def stream(self, batch: int, tokens: int) -> DepthSlots | DepthStream:
-        """The empty stream of a forward pass, as large as the blocks will fill it."""
+        """The empty stream of a forward pass, as large as the blocks will fill it.
+
+        Of a bounded model without gradients it is a list of slots, which frees the dropped ones.
+        """
         slots = self.config.depth_slots()
-        if slots == 0:
+        bounded = self.config.depth_keep is not None
+        if slots == 0 or (bounded and not torch.is_grad_enabled()):
             return DepthSlots()
         c, weight = self.config, next(self.embedding.parameters())
         autocast = torch.is_autocast_enabled(weight.device.type)
@@ -204,7 +210,7 @@ class MoDATransformer(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary | None,
-        stream: DepthSlots | DepthStream | CachedStream,
+        stream: DepthSlots | DepthStream | CachedStream | WatchedStream,
         *,
         run_block: RunBlock | None = None,
     ) -> Tensor:
@@ -221,7 +227,9 @@ class MoDATransformer(nn.Module):
             k, v = self.embedding_write(self.embedding_norm(x), rotary)
             x = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2)
             stream = stream.write(k, v)
-        for block in self.blocks:
+            del k, v  # or a bounded stream could not free the slot
+        for block, kept in zip(self.blocks, self.depth_kept, strict=True):
+            stream = stream if kept is None else stream.keep(kept)
             if run_block is None:
                 x, stream = block(x, rotary, stream)
             else:
@@ -302,13 +310,15 @@ class MoDALanguageModel(MoDATransformer):
         positions = torch.arange(tokens, device=self.embedding.weight.device)
         return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
 
-    def forward(self, tokens: Tensor, stream: DepthSlots | DepthStream | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, stream: DepthSlots | DepthStream | WatchedStream | None = None
+    ) -> Tensor:
         """Logits (B, T, vocab_size) of the token after each of tokens (B, T).
 
         Args:
             tokens: (B, T), integer.
             stream: an empty stream; default a :class:`DepthStream` of the right size. Give
-                ``DepthSlots()`` for the functional path.
+                ``DepthSlots()`` for the functional path, or a :class:`WatchedStream` of either.
         """
         if stream is None:
             stream = self.stream(*tokens.shape)
