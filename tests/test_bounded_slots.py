@@ -14,9 +14,9 @@ from moda_ops import DepthSlots, DepthStream
 from moda_ops.nn import MoDAConfig, MoDALanguageModel, generate, measure_depth_mass
 from moda_ops.policies import every, first_and_recent, kept_slots, most_mass, positions, recent
 from test_stream import (
+    DV,
     PATTERNS,
     D,
-    DV,
     H,
     T,
     allocate,
@@ -83,7 +83,7 @@ def dropped_with_an_unread_output(x, stream):
 def options(x, stream):
     for i in range(4):
         stream = stream.keep(range(stream.written)[-2:]).write(*parts(x, i)[1:])
-        q, k, v = parts(x, 5 + i)
+        q, *_ = parts(x, 5 + i)
         x = x + widen(stream.attend(q, softcap=1.5, window=2)[0])
         out, stream = stream.attend_depth(q, scale=0.7)
         x = x + widen(out)
@@ -425,11 +425,11 @@ def test_measured_mass_chooses_slots(depth):
 class Watch(DepthSlots):
     """Counts the slots that are alive whenever one is written."""
 
-    alive: list = []
+    alive = ()
     most = 0
 
     def write(self, k, v):
-        Watch.alive = [ref for ref in Watch.alive if ref() is not None] + [weakref.ref(k)]
+        Watch.alive = *(ref for ref in Watch.alive if ref() is not None), weakref.ref(k)
         Watch.most = max(Watch.most, len(Watch.alive))
         return Watch(*super().write(k, v))
 
@@ -443,7 +443,7 @@ def test_without_gradients_no_more_slots_live_than_the_budget(depth, layers):
     config = replace(CONFIG, depth=depth, layers=layers).bounded(3, every(5))
     model = make_model(config)
     gc.collect()
-    Watch.alive, Watch.most = [], 0
+    Watch.alive, Watch.most = (), 0
     with torch.no_grad():
         assert isinstance(model.stream(1, 4), DepthSlots)
         model(torch.zeros(1, 4, dtype=torch.long), Watch())

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers import assert_accurate
-from moda_ops import DepthSlots, DepthStream, eager
+from moda_ops import DepthSlots, DepthStream
 from moda_ops.nn import (
     DepthUse,
     MoDAConfig,
@@ -142,18 +141,6 @@ def test_watched_in_a_compiled_model():
         assert not mass.requires_grad and not sink.requires_grad
         torch.testing.assert_close(mass, use.mass, rtol=1e-12, atol=0)
         torch.testing.assert_close(sink, use.sink, rtol=1e-12, atol=0)
-
-
-def test_probabilities_in_float32():
-    model, tokens = make_model().float(), make_tokens()
-    p = attention_map(model, tokens, 3)
-    exact = attention_map(make_model(), tokens, 3)
-    assert p.depth.dtype is torch.float32
-    floor = 64 * torch.finfo(torch.float32).eps  # a rounding or two of each of the model's steps
-    for a, e in zip(p[:2], exact[:2], strict=True):
-        assert_accurate("p", a, e, a, floor)
-        assert (a - e).abs().max() < floor
-    assert eager.probabilities.__doc__
 
 
 @pytest.mark.parametrize(("depth", "layer", "columns"), [("kv+ffn", 3, 9 + 6), ("attention", 4, 4)])
