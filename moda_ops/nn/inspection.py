@@ -207,7 +207,7 @@ def plot_attention(
     if labels is not None and len(labels) != T:
         raise ValueError(f"labels must be one for each of the {T} tokens, got {len(labels)}")
     p = attention_map(model, tokens, layer)
-    return _heat_map(p, head, f"attention call {layer}, query head {head}", labels)
+    return _heat_map(p, head, f"attention layer {layer}, query head {head}", labels)
 
 
 def _heat_map(p: AttentionMap, head: int, title: str, labels: Sequence[str] | None) -> Any:
@@ -230,16 +230,21 @@ def _heat_map(p: AttentionMap, head: int, title: str, labels: Sequence[str] | No
     if 0 < S < columns:
         axes.axvline(S - 0.5, color="red", linewidth=1.5)
     tokens, slots = _ticks(S, 16 if labels is None else S), _ticks(columns - S, 16)
-    names = [str(n) if labels is None else labels[n] for n in tokens]
-    numbers = [f"d{p.slots[n]}" for n in slots]
-    turned = 0 if labels is None and columns < 40 else 90
-    axes.set_xticks([*tokens, *(S + n for n in slots)], names + numbers, rotation=turned)
+    position = list(map(str, range(max(T, S)))) if labels is None else labels
+    names = [*(position[n] for n in tokens), *(f"d{p.slots[n]}" for n in slots)]
+    turned = 90 if max(map(len, names), default=0) > 3 else 0
+    axes.set_xticks([*tokens, *(S + n for n in slots)], names, rotation=turned)
     rows = _ticks(T, 16 if labels is None else T)
-    axes.set_yticks(rows, [str(n) if labels is None else labels[n] for n in rows])
+    axes.set_yticks(rows, [position[n] for n in rows])
     axes.tick_params(labelsize=7)
-    kinds = ["keys of the sequence (position)"] * (S > 0) + ["depth slots (number)"] * (columns > S)
-    axes.set(title=title, xlabel=" | ".join(kinds), ylabel="query (position)")
-    figure.colorbar(image, ax=axes, label="probability (at least 0.001 drawn)")
+    kind = "position" if labels is None else "token"
+    axes.set(
+        title=title, xlabel=f"key ({kind}) or depth slot (d, number)", ylabel=f"query ({kind})"
+    )
+    parts = {"sequence": (0, S), "depth": (S, columns)}
+    centers = {name: (end + begin - 1) / 2 for name, (begin, end) in parts.items() if end > begin}
+    axes.secondary_xaxis("top").set_xticks([*centers.values()], [*centers], size=9)
+    figure.colorbar(image, ax=axes, label="probability (0.001 and below in one color)")
     return figure
 
 
