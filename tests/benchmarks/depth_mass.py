@@ -43,7 +43,7 @@ def case(T: int, G: int, H: int, L: int, D: int, form: str) -> Row:
     slots = randn(L, 1, T, H, 2 * D)  # as a DepthStream has them
     packed = slots.permute(1, 2, 0, 3, 4).split(D, -1)
     depth = packed if form == "packed" else [list(x.unbind(2)) for x in packed]
-    out, lse = moda_attention(q, k, v, *depth, return_lse=True)
+    _, lse = moda_attention(q, k, v, *depth, return_lse=True)
     mass, sink = moda_depth_mass(q, depth[0], lse), moda_sink_mass(q, k, lse)
     exact = (
         eager.depth_mass(q.double(), [packed[0].double()], lse.double(), D**-0.5, None),
