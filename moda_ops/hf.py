@@ -9,7 +9,7 @@ this module's is a ``PretrainedConfig``, :class:`moda_ops.nn.MoDAConfig` is the 
 modules take. :meth:`MoDAConfig.to_nn` and :meth:`MoDAConfig.from_nn` go from one to the other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
