@@ -98,7 +98,7 @@ def kept_slots(
 
     For a model of one's own: ``keep`` of :class:`moda_ops.DepthStream` and of
     :class:`moda_ops.DepthSlots` takes them as :func:`positions` turns them.
-    :meth:`moda_ops.nn.MoDAConfig.bounded` does both.
+    :meth:`moda_ops.nn.BlockConfig.bounded` does both.
 
     Args:
         writes: how many slots are written before each layer, and after the layer before it.

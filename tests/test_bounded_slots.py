@@ -377,7 +377,7 @@ def test_generation_is_that_of_the_bounded_model(depth):
 def test_compiled_per_block():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = make_model(replace(CONFIG, layers=12).bounded(4))
+    model = make_model(replace(CONFIG, layers=8).bounded(4))
     expected = loss_and_gradients(model, DepthSlots())
     for block in model.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
