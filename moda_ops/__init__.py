@@ -3,8 +3,9 @@
 ``moda_attention`` is the public function, ``DepthStream`` its form for whole models, and
 ``moda_decode`` its decoding step; ``moda_attention_varlen`` takes packed documents,
 ``moda_depth_attention`` attends to depth alone, ``moda_chunk_attention`` to that of a chunk of
-tokens. Importing this package also registers the operators ``torch.ops.moda.*``. Triton is loaded
-by the first call on a CUDA tensor, never by the import.
+tokens; ``moda_depth_mass`` and ``moda_sink_mass`` say where attention went. Importing this package
+also registers the operators ``torch.ops.moda.*``. Triton is loaded by the first call on a CUDA
+tensor, never by the import.
 """
 
 from moda_ops import ops as ops  # registers torch.ops.moda.*
@@ -13,6 +14,7 @@ from moda_ops.attention import moda_attention
 from moda_ops.chunk_attention import moda_chunk_attention
 from moda_ops.decode import moda_decode
 from moda_ops.depth_attention import moda_depth_attention
+from moda_ops.depth_mass import moda_depth_mass, moda_sink_mass
 from moda_ops.migration import from_authors, to_authors
 from moda_ops.stream import DepthSlots, DepthStream
 from moda_ops.varlen import moda_attention_varlen
@@ -29,5 +31,7 @@ __all__ = [
     "moda_chunk_attention",
     "moda_decode",
     "moda_depth_attention",
+    "moda_depth_mass",
+    "moda_sink_mass",
     "to_authors",
 ]

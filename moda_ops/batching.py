@@ -105,6 +105,8 @@ def _register(
                 saved = argument in ("out", "lse")  # which the operators want contiguous
                 folded[argument] = x.contiguous() if saved else x
         outputs = op(*(folded[argument] for argument in arguments), **options)
+        if isinstance(outputs, Tensor):
+            return _unfold(outputs, size, 0), 0
         dims = [axes.get(result, 0) for result in results]
         outputs = tuple(_unfold(x, size, dim) for x, dim in zip(outputs, dims, strict=True))
         return outputs, tuple(
@@ -130,6 +132,7 @@ for _name, _special, _axes in (
 ):
     _register(_name, _special, _axes)
     _register(f"{_name}_backward", _special, _axes)
+_register("depth_mass", None, {})
 _register("decode", _pages, {})
 _refuse(
     "decode_", "it writes to its caches; append to them first and map moda_decode without k_new"

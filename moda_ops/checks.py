@@ -1,6 +1,7 @@
 """What the operators accept: one pass over the arguments, errors that name the argument."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
@@ -109,6 +110,18 @@ def depth_heads(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tupl
     return H, DV
 
 
+def check_depth_mass(
+    q: Tensor, k_depth: list[Tensor], lse: Tensor, lse_dtype: torch.dtype, options: "Options"
+) -> None:
+    """Raise ValueError or TypeError unless the arguments of ``moda::depth_mass`` fit together."""
+    _check_query(q, BATCHED)
+    (B, T, HQ, D), (H, _) = q.shape, depth_heads(q, k_depth, [])
+    _check_slots("k_depth", "D", q, k_depth, H, D, BATCHED)
+    _check_heads(HQ, H, D, D, "k_depth", "q")
+    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", lse_dtype, q.device)
+    _check_options(options)
+
+
 def _check_depth(
     q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], H: int, DV: int, axes: Axes
 ) -> None:
@@ -117,21 +130,34 @@ def _check_depth(
             "k_depth and v_depth must have the same number of slots, "
             f"got {len(k_depth)} and {len(v_depth)}"
         )
-    tokens, D = q.shape[: axes.rank], q.shape[-1]
-    if len(k_depth) == 1 and k_depth[0].dim() == axes.rank + 3:
-        slots = *tokens, k_depth[0].shape[-3], H
-        _check_input("k_depth", k_depth[0], (*slots, D), f"({axes.queries}, L, H, D)", q)
-        _check_input("v_depth", v_depth[0], (*slots, DV), f"({axes.queries}, L, H, DV)", q)
-    else:
-        dtype, device = q.dtype, q.device
-        for name, depth, shape, dims in (
-            ("k_depth", k_depth, (*tokens, H, D), f"({axes.queries}, H, D)"),
-            ("v_depth", v_depth, (*tokens, H, DV), f"({axes.queries}, H, DV)"),
-        ):
-            for i, x in enumerate(depth):  # there may be hundreds: the cheapest test first
-                fits = x.shape == shape and x.dtype is dtype and x.device == device
-                if not (fits and x.stride(-1) == 1):
-                    _check_input(f"{name}[{i}]", x, shape, dims, q)
+    L = _check_slots("k_depth", "D", q, k_depth, H, q.shape[-1], axes)
+    _check_slots("v_depth", "DV", q, v_depth, H, DV, axes, L)
+
+
+def _check_slots(
+    name: str,
+    width: str,
+    q: Tensor,
+    depth: list[Tensor],
+    H: int,
+    D: int,
+    axes: Axes,
+    L: int | None = None,
+) -> int | None:
+    """One of the two depths; ``L`` is the other's number of packed slots, None of a list."""
+    tokens = q.shape[: axes.rank]
+    if L is not None or (len(depth) == 1 and depth[0].dim() == axes.rank + 3):
+        L = depth[0].shape[-3] if L is None else L
+        dims = f"({axes.queries}, L, H, {width})"
+        _check_input(name, depth[0], (*tokens, L, H, D), dims, q)
+        return L
+    shape, dims = (*tokens, H, D), f"({axes.queries}, H, {width})"
+    dtype, device = q.dtype, q.device
+    for i, x in enumerate(depth):  # there may be hundreds: the cheapest test first
+        fits = x.shape == shape and x.dtype is dtype and x.device == device
+        if not (fits and x.stride(-1) == 1):
+            _check_input(f"{name}[{i}]", x, shape, dims, q)
+    return None
 
 
 def _check_query(q: Tensor, axes: Axes) -> None:
@@ -261,11 +287,21 @@ def check_stream(buffer: Tensor, token: Tensor) -> None:
         raise ValueError(f"buffer must be contiguous, got strides {tuple(buffer.stride())}")
 
 
-def check_stream_write(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor) -> None:
-    """Raise unless k and v fit the next slot of the stream, and there is one."""
+def slots_left(token: Tensor, places: Sequence[int] | None) -> int:
+    """How many slots are there, where ``places`` is -1 for a dropped row of the token."""
+    return token.shape[0] if places is None else sum(1 for place in places if place >= 0)
+
+
+def check_stream_write(
+    k: Tensor, v: Tensor, buffer: Tensor, token: Tensor, slot: int | None
+) -> int:
+    """The slot that k and v go into, by default the token's next; raise unless they fit it."""
     check_stream(buffer, token)
     slots, B, T, H, E = buffer.shape
-    if token.shape[0] == slots:
+    slot = token.shape[0] if slot is None else slot
+    if slot < 0:
+        raise ValueError(f"slot must be at least 0, got {slot}")
+    if slot >= slots:
         raise ValueError(f"the depth stream is too short: all of its {slots} slots are written")
     for name, tensor, dims in (("k", k, "(B, T, H, D)"), ("v", v, "(B, T, H, DV)")):
         if tensor.dim() != 4:
@@ -277,6 +313,7 @@ def check_stream_write(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor) -> N
             f"k and v must have D + DV = {E} in all to fit the depth stream, "
             f"got D = {k.shape[-1]} and DV = {v.shape[-1]}"
         )
+    return slot
 
 
 def check_stream_attention(
@@ -287,10 +324,22 @@ def check_stream_attention(
     token: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    places: Sequence[int] | None,
     options: "Options",
 ) -> None:
     """Raise unless the arguments of ``moda::stream_attention`` fit together."""
     check_stream(buffer, token)
+    if places is not None:
+        if len(places) != token.shape[0]:
+            raise ValueError(
+                "places must have an entry for each of the token's "
+                f"{token.shape[0]} rows, got {len(places)}"
+            )
+        for place in places:
+            if place >= buffer.shape[0]:
+                raise ValueError(
+                    f"places must be below the buffer's {buffer.shape[0]} slots, got {place}"
+                )
     _, B, T, H, E = buffer.shape
     check_both("k", k, "v", v)
     check_both("cu_seqlens_q", cu_seqlens_q, "cu_seqlens_k", cu_seqlens_k)
@@ -298,6 +347,11 @@ def check_stream_attention(
         check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
         if B != 1:
             raise ValueError(f"packed documents need a depth stream of batch B = 1, got B = {B}")
+    if k is None and places and places[-1] < 0:
+        raise ValueError(
+            "the newest slot of the depth stream has been dropped: write this layer's keys and "
+            "values first, or give k and v"
+        )
     if k is None and token.shape[0] == 0:
         raise ValueError(
             "the depth stream is empty: write this layer's keys and values first, or give k and v"

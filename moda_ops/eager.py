@@ -282,6 +282,45 @@ def chunk_attention_backward(
     )
 
 
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+def depth_mass(
+    q: Tensor, k_depth: list[Tensor], lse: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """``moda::depth_mass``: (B, HQ, L); rows of lse = -inf have nothing to give."""
+    (B, T, HQ, _), slots = q.shape, depth_slots(k_depth)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if not slots:
+        return q.new_empty(B, HQ, 0, dtype=dtype)
+    rows = _grouped(q, slots[0].shape[2], dtype)
+    lse = lse.masked_fill(lse == float("-inf"), float("inf")).unflatten(1, rows.shape[1:3])
+    mass = []
+    for slot in slots:
+        scores = (rows * _heads_first(slot, dtype)).sum(-1) * scale  # [B, H, G, T]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        mass.append(torch.exp(scores - lse).sum(-1) / max(T, 1))
+    return torch.stack(mass, -1).flatten(1, 2)
+
+
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+def probabilities(
+    q: Tensor,
+    k: Tensor,
+    k_depth: list[Tensor],
+    lse: Tensor,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Those of the softmax whose lse this is: (B, HQ, T, S + L), sequence, then depth."""
+    H, dtype = k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    rows, keys = _grouped(q, H, dtype), _heads_first(k, dtype)
+    seen = _visible(q.shape[1], k.shape[1], left, right, None, q.device)
+    scores, _ = _scores(rows, keys, depth_slots(k_depth), scale, softcap, seen)
+    return _probabilities(scores, lse.unflatten(1, rows.shape[1:3])).flatten(1, 2)
+
+
 def _chunks(x: Tensor, C: int) -> Tensor:
     """[.., T, D] -> [.., N, C, D], with zeros past the last token."""
     return pad(x, (0, 0, 0, -x.shape[-2] % C)).unflatten(-2, (-1, C))

@@ -155,6 +155,7 @@ def _stream_pairs(
     slots: int | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    places: Sequence[int] | None = None,
     causal: bool = True,
     window_left: int | None = None,
     window_right: int | None = None,
@@ -162,6 +163,8 @@ def _stream_pairs(
 ) -> int:
     (B, T), right = q.shape[:2], 0 if causal else window_right
     written: Any = slots if token is None else token.shape[0]  # backward has the number itself
+    if places is not None:
+        written = sum(place >= 0 for place in places)
     depth, S = (written - 1, T) if k is None else (written, k.shape[1])
     documents: Iterator[tuple[int, int]] = iter([(T, S)] * B)
     if cu_seqlens_q is not None and cu_seqlens_k is not None:

@@ -9,7 +9,7 @@ this module's is a ``PretrainedConfig``, :class:`moda_ops.nn.MoDAConfig` is the 
 modules take. :meth:`MoDAConfig.to_nn` and :meth:`MoDAConfig.from_nn` go from one to the other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -93,6 +93,7 @@ class MoDAConfig(PretrainedConfig):
         bias: bool = False,
         write_last: bool = False,
         rope_base: float = 10_000.0,
+        depth_keep: Sequence[Sequence[int]] | None = None,
         use_cache: bool = True,
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
@@ -117,6 +118,7 @@ class MoDAConfig(PretrainedConfig):
         self.bias = bias
         self.write_last = write_last
         self.rope_base = rope_base
+        self.depth_keep = None if depth_keep is None else [list(kept) for kept in depth_keep]
         self.use_cache = use_cache
         super().__init__(
             pad_token_id=pad_token_id,
@@ -129,7 +131,10 @@ class MoDAConfig(PretrainedConfig):
 
     def to_nn(self) -> nn.MoDAConfig:
         """The dataclass that the modules of :mod:`moda_ops.nn` take."""
-        return nn.MoDAConfig(**{name: getattr(self, name) for name in _NN_FIELDS})
+        values = {name: getattr(self, name) for name in _NN_FIELDS}
+        if self.depth_keep is not None:
+            values["depth_keep"] = tuple(map(tuple, self.depth_keep))
+        return nn.MoDAConfig(**values)
 
     @classmethod
     def from_nn(cls, config: nn.MoDAConfig, **options: Any) -> "MoDAConfig":

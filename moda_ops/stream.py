@@ -1,5 +1,7 @@
 """The depth stream of a forward pass: all layers' keys and values, in one buffer or as a list."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +43,8 @@ class DepthStream(NamedTuple):
         token: (written, B, T, H, D + DV) in the dtype of gradients; one element of storage. It
             stands for the written slots in autograd.
         head_dim: D, where keys end and values begin.
+        places: None as long as no slot has been dropped. Then for each row of the token its slot in
+            the buffer, or -1 if it is dropped, and at the end the slot that is written next.
 
     Example:
         >>> B, T, HQ, H, D = 2, 16, 4, 2, 32
@@ -57,6 +61,7 @@ class DepthStream(NamedTuple):
     buffer: Tensor
     token: Tensor
     head_dim: int
+    places: tuple[int, ...] | None = None
 
     @classmethod
     def allocate(
@@ -123,8 +128,46 @@ class DepthStream(NamedTuple):
 
     @property
     def written(self) -> int:
-        """How many slots are written."""
-        return self.token.shape[0]
+        """How many slots are written, and not dropped."""
+        if self.places is None:
+            return self.token.shape[0]
+        return sum(1 for place in self.places[:-1] if place >= 0)
+
+    def keep(self, slots: Sequence[int]) -> "DepthStream":
+        """The stream without all other slots, in training and in inference.
+
+        Nothing is copied. Later layers read, and in backward add to, the slots that are left alone:
+        that is what a layer costs, in time and in gradients that are alive, however many layers
+        were before it. The buffer itself still holds what the dropped slots' readers need in
+        backward. Equally spaced slots, such as the most recent ones, are read as one packed tensor,
+        others as a list.
+
+        Args:
+            slots: which of the ``written`` slots stay, counted from the oldest one that is there,
+                ascending. :mod:`moda_ops.policies` has ways to choose.
+
+        Raises:
+            TypeError, ValueError: no sequence of ints, or not ascending, or a slot that is not
+                there; the text names it.
+
+        Example:
+            >>> stream = DepthStream.allocate(slots=4, batch=1, tokens=2, kv_heads=1, head_dim=4)
+            >>> for layer in range(4):
+            ...     k = torch.randn(1, 2, 1, 4)
+            ...     out, stream = stream.write(k, k).attend(torch.randn(1, 2, 2, 4))
+            ...     stream = stream.keep(range(stream.written)[-2:])
+            >>> stream.written
+            2
+        """
+        check_kept(slots, self.written)
+        if len(slots) == self.written:
+            return self
+        written = self.token.shape[0]
+        places = tuple(range(written + 1)) if self.places is None else self.places
+        there = [row for row in range(written) if places[row] >= 0]
+        stay = {there[slot] for slot in slots}
+        kept = tuple(place if row in stay else -1 for row, place in enumerate(places[:-1]))
+        return DepthStream(self.buffer, self.token, self.head_dim, (*kept, places[-1]))
 
     def _check_head_dim(self, name: str, x: Tensor) -> None:
         if x.shape[-1] != self.head_dim:
@@ -145,8 +188,12 @@ class DepthStream(NamedTuple):
         """
         check_tensors(k=k, v=v)
         self._check_head_dim("k", k)
-        token = torch.ops.moda.stream_write(k, v, self.buffer, self.token)
-        return DepthStream(self.buffer, token, self.head_dim)
+        if self.places is None:
+            token = torch.ops.moda.stream_write(k, v, self.buffer, self.token)
+            return DepthStream(self.buffer, token, self.head_dim)
+        end = self.places[-1]
+        token = torch.ops.moda.stream_write(k, v, self.buffer, self.token, end)
+        return DepthStream(self.buffer, token, self.head_dim, (*self.places, end + 1))
 
     def read(self) -> Tensor:
         """A copy of the written slots, (written, B, T, H, D + DV), keys and values side by side.
@@ -154,12 +201,17 @@ class DepthStream(NamedTuple):
         Differentiable: a gradient of the copy is one of the slots, so that another process may go
         on with it.
 
+        Raises:
+            ValueError: slots have been dropped.
+
         Example:
             >>> stream = DepthStream.allocate(slots=2, batch=1, tokens=3, kv_heads=1, head_dim=4)
             >>> k, v = torch.randn(2, 1, 3, 1, 4)
             >>> torch.equal(stream.write(k, v).read()[0], torch.cat((k, v), -1))
             True
         """
+        if self.places is not None:
+            raise ValueError("a stream that has dropped slots cannot be read as a whole")
         return torch.ops.moda.stream_read(self.buffer, self.token)
 
     def attend(
@@ -194,19 +246,38 @@ class DepthStream(NamedTuple):
             TypeError, ValueError: as :func:`moda_attention`; also if k is None and nothing is
                 written.
         """
+        options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
+        out, _, stream = self.attend_with_lse(q, k, v, **options, cu_seqlens=cu_seqlens)
+        return out, stream
+
+    def attend_with_lse(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        window: Window | None = None,
+        softcap: float | None = None,
+        plan: Plan = "auto",
+        cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    ) -> "tuple[Tensor, Tensor, DepthStream]":
+        """:meth:`attend`, and ``lse`` (B, HQ, T) before the stream."""
         check_tensors(q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
         self._check_head_dim("q", q)
         check_option("scale", scale)
         check_option("softcap", softcap)
         check_plan(plan)
         left, right = window_sides(window)
-        out, _, token = torch.ops.moda.stream_attention(
+        out, lse, token = torch.ops.moda.stream_attention(
             q,
             k,
             v,
             self.buffer,
             self.token,
-            *_cu_seqlens(cu_seqlens),
+            *(_cu_seqlens(cu_seqlens) or (None, None)),
+            None if self.places is None else self.places[:-1],
             causal=check_bool("causal", causal),
             scale=scale,
             window_left=left,
@@ -214,7 +285,20 @@ class DepthStream(NamedTuple):
             softcap=softcap,
             plan=plan,
         )
-        return out, DepthStream(self.buffer, token, self.head_dim)
+        places = self.places
+        if places is not None:
+            places = *(place for place in places[:-1] if place >= 0), places[-1]
+        return out, lse, DepthStream(self.buffer, token, self.head_dim, places)
+
+    def keys(self) -> list[Tensor]:
+        """The keys (B, T, H, D) of every slot that is there: views, without gradient."""
+        places = range(self.written) if self.places is None else self.places[:-1]
+        return [self.buffer[place][..., : self.head_dim] for place in places if place >= 0]
+
+    @property
+    def value_dim(self) -> int:
+        """DV, of values."""
+        return self.buffer.shape[-1] - self.head_dim
 
     def attend_sequence(
         self, q: Tensor, k: Tensor, v: Tensor, **options: Any
@@ -297,6 +381,15 @@ class DepthSlots(NamedTuple):
         check_tensors(k=k, v=v)
         return DepthSlots((*self.k, k), (*self.v, v))
 
+    def keep(self, slots: Sequence[int]) -> "DepthSlots":
+        """The stream without all other slots; see :meth:`DepthStream.keep`.
+
+        A dropped slot is freed with the last that refers to it: at once, or, in training, when
+        backward has passed the layers that read it.
+        """
+        check_kept(slots, self.written)
+        return DepthSlots(tuple(self.k[i] for i in slots), tuple(self.v[i] for i in slots))
+
     def attend(
         self,
         q: Tensor,
@@ -311,6 +404,20 @@ class DepthSlots(NamedTuple):
         cu_seqlens: tuple[Tensor, Tensor] | None = None,
     ) -> "tuple[Tensor, DepthSlots]":
         """``out`` (B, T, HQ, DV) and the stream to pass on; see :meth:`DepthStream.attend`."""
+        options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
+        out, _, stream = self.attend_with_lse(q, k, v, **options, cu_seqlens=cu_seqlens)
+        return out, stream
+
+    def attend_with_lse(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        cu_seqlens: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
+    ) -> "tuple[Tensor, Tensor, DepthSlots]":
+        """:meth:`attend`, and ``lse`` (B, HQ, T) before the stream."""
         k_depth, v_depth = list(self.k), list(self.v)
         if k is None or v is None:
             if not self.k:
@@ -319,17 +426,28 @@ class DepthSlots(NamedTuple):
                     "k and v"
                 )
             k, v = k_depth.pop(), v_depth.pop()
-        options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
         packed = _cu_seqlens(cu_seqlens)
         if not packed:
-            return moda_attention(q, k, v, k_depth, v_depth, **options), self
+            out, lse = moda_attention(q, k, v, k_depth, v_depth, **options, return_lse=True)
+            return out, lse, self
         check_tensors(q=q)
         if q.shape[0] != 1:
             raise ValueError(f"packed documents need a batch of B = 1, got B = {q.shape[0]}")
         q, k, v, *depth = (x.squeeze(0) for x in (q, k, v, *k_depth, *v_depth))
         k_depth, v_depth = depth[: len(k_depth)], depth[len(k_depth) :]
-        out = moda_attention_varlen(q, k, v, k_depth, v_depth, *packed, **options)
-        return out.unsqueeze(0), self
+        out, lse = moda_attention_varlen(
+            q, k, v, k_depth, v_depth, *packed, **options, return_lse=True
+        )
+        return out.unsqueeze(0), lse.unsqueeze(0), self
+
+    def keys(self) -> list[Tensor]:
+        """The keys (B, T, H, D) of every slot that is there."""
+        return list(self.k)
+
+    @property
+    def value_dim(self) -> int:
+        """DV, of values."""
+        return self.v[0].shape[-1]
 
     def attend_sequence(
         self, q: Tensor, k: Tensor, v: Tensor, **options: Any
@@ -343,6 +461,19 @@ class DepthSlots(NamedTuple):
         """``out`` (B, T, HQ, DV) of depth alone; see :meth:`DepthStream.attend_depth`."""
         k, v = list(self.k), list(self.v)
         return moda_depth_attention(q, k, v, scale=scale, softcap=softcap), self
+
+
+def check_kept(slots: object, written: int) -> None:
+    """Raise unless these are some of ``written`` slots, ascending."""
+    if not isinstance(slots, Sequence) or any(
+        isinstance(slot, bool) or not isinstance(slot, (int, torch.SymInt)) for slot in slots
+    ):
+        raise TypeError(f"slots must be a sequence of ints, got {slots!r}")
+    if any(b <= a for a, b in pairwise(slots)):
+        raise ValueError(f"slots must be ascending, got {list(slots)}")
+    for slot in slots:
+        if not 0 <= slot < written:
+            raise ValueError(f"slots must be among the {written} that are written, got {slot}")
 
 
 def _cu_seqlens(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | tuple[()]:

@@ -7,6 +7,10 @@ A stream is two tensors:
   storage, its values mean nothing, and it exists for its gradient: the running gradient of those
   slots, which each reader in backward takes, adds its own to, and hands on.
 
+Slots may be dropped. ``places`` then says which slot of the buffer each row of the token stands
+for, and -1 for a dropped one; the token that a reader returns has the other rows alone. In backward
+that reader begins a dropped slot's gradient, with zeros, to which those before it add.
+
 ``stream_write`` fills the next slot of the buffer *in place* although its schema says otherwise:
 declared as a mutation, every layer's buffer would be a value of its own that backward has to save.
 What makes this sound: a slot is written once, before any reader of it, which descends from the
@@ -16,7 +20,8 @@ every real call to it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +35,7 @@ from moda_ops.checks import (
     check_stream,
     check_stream_attention,
     check_stream_write,
+    slots_left,
 )
 from moda_ops.ops import LIBRARY, OPTIONS, Options
 
@@ -38,7 +44,8 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
-    "stream_write(Tensor k, Tensor v, Tensor buffer, Tensor token) -> Tensor token",
+    "stream_write(Tensor k, Tensor v, Tensor buffer, Tensor token, SymInt? slot=None) "
+    "-> Tensor token",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
@@ -47,15 +54,15 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "stream_attention(Tensor q, Tensor? k, Tensor? v, Tensor buffer, Tensor token, "
-    f"Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, {OPTIONS}) "
-    "-> (Tensor out, Tensor lse, Tensor token)",
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt[]? places=None, "
+    f"{OPTIONS}) -> (Tensor out, Tensor lse, Tensor token)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
     "stream_attention_backward(Tensor? dout, Tensor? dlse, Tensor? dtoken, Tensor q, Tensor? k, "
     "Tensor? v, Tensor buffer, Tensor out, Tensor lse, SymInt slots, ScalarType grad_dtype, "
-    f"Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, {OPTIONS}) "
-    "-> (Tensor dq, Tensor[] dk_dv, Tensor dtoken)",
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt[]? places=None, "
+    f"{OPTIONS}) -> (Tensor dq, Tensor[] dk_dv, Tensor dtoken)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -103,14 +110,14 @@ def _claim(buffer: Tensor, slot: int) -> None:
     _written[buffer.data_ptr()] = _written[buffer.data_ptr()][0], written | 1 << slot
 
 
-def _check_written(buffer: Tensor, slots: int) -> None:
-    """Raise RuntimeError if one of the first slots holds nothing."""
+def _check_written(buffer: Tensor, places: Sequence[int]) -> None:
+    """Raise RuntimeError if one of these slots holds nothing."""
     written = _slots_written(buffer)
-    if written is not None and ~written & (1 << slots) - 1:
+    if written is not None and not all(written >> place & 1 for place in places):
         raise RuntimeError(
-            f"the depth stream's buffer has only {written.bit_count()} of the {slots} slots that "
-            "are read from it: a compiler has moved or recomputed its allocation; allocate the "
-            "DepthStream outside of the compiled function"
+            f"the depth stream's buffer has only {written.bit_count()} of the {len(places)} slots "
+            "that are read from it: a compiler has moved or recomputed its allocation; allocate "
+            "the DepthStream outside of the compiled function"
         )
 
 
@@ -118,38 +125,39 @@ def _token(token: Tensor, slots: int) -> Tensor:
     return token.new_empty_strided((slots, *token.shape[1:]), (0,) * token.dim())
 
 
-def _write(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor) -> Tensor:
-    check_stream_write(k, v, buffer, token)
-    slot = token.shape[0]
+def _write(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor, slot: int | None = None) -> Tensor:
+    slot = check_stream_write(k, v, buffer, token, slot)
     if buffer.numel():
         _claim(buffer, slot)
     torch.cat([k, v], -1, out=buffer.data[slot])
-    return _token(token, slot + 1)
+    return _token(token, token.shape[0] + 1)
 
 
-def _write_fake(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor) -> Tensor:
-    check_stream_write(k, v, buffer, token)
+def _write_fake(
+    k: Tensor, v: Tensor, buffer: Tensor, token: Tensor, slot: int | None = None
+) -> Tensor:
+    check_stream_write(k, v, buffer, token, slot)
     return _token(token, token.shape[0] + 1)
 
 
 def _write_setup_context(
     ctx: Any, inputs: list[Any], options: dict[str, Any], output: Tensor
 ) -> None:
-    k, v, _, _ = inputs
+    k, v, *_ = inputs
     ctx.dims = k.shape[-1], v.shape[-1]
     ctx.set_materialize_grads(False)
 
 
 def _write_backward(ctx: Any, dtoken: Tensor | None) -> tuple[Tensor | None, ...]:
     if dtoken is None:
-        return None, None, None, None
+        return None, None, None, None, None
     dk, dv = dtoken[-1].split(ctx.dims, -1)
-    return dk, dv, None, dtoken[:-1]
+    return dk, dv, None, dtoken[:-1], None
 
 
 def _read(buffer: Tensor, token: Tensor) -> Tensor:
     check_stream(buffer, token)
-    _check_written(buffer, token.shape[0])
+    _check_written(buffer, range(token.shape[0]))
     return buffer[: token.shape[0]].clone()
 
 
@@ -168,12 +176,43 @@ def _read_backward(ctx: Any, dslots: Tensor) -> tuple[None, Tensor]:
     return None, dslots.to(ctx.grad_dtype)
 
 
-def _packed(x: Tensor, slots: int, D: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of the first slots, each as a list of one packed tensor (B, T, L, H, ..)."""
-    if slots == 0:
+class _Kept(NamedTuple):
+    """The slots that are still there: rows of the token, and where they are in the buffer."""
+
+    rows: Sequence[int]
+    places: Sequence[int]
+
+    @classmethod
+    def of(cls, slots: int, places: Sequence[int] | None) -> "_Kept":
+        if places is None:
+            return cls(range(slots), range(slots))
+        rows = [row for row, place in enumerate(places) if place >= 0]
+        return cls(rows, [places[row] for row in rows])
+
+    def depth(self, L: int) -> "_Kept":
+        return _Kept(self.rows[:L], self.places[:L])
+
+    @property
+    def packed(self) -> bool:
+        """Whether all of these, in every tensor, are one tensor with a stride from slot to slot."""
+        return _evenly_spaced(self.rows) and _evenly_spaced(self.places)
+
+
+def _evenly_spaced(slots: Sequence[int]) -> bool:
+    return isinstance(slots, range) or len({b - a for a, b in pairwise(slots)}) <= 1
+
+
+def _depth(
+    x: Tensor, slots: Sequence[int], D: int, packed: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of some slots of x: each one packed tensor (B, T, L, H, ..), or a list."""
+    if len(slots) == 0:
         return [], []
-    packed = x[:slots].permute(1, 2, 0, 3, 4)
-    return [packed[..., :D]], [packed[..., D:]]
+    if not packed:
+        return [x[slot][..., :D] for slot in slots], [x[slot][..., D:] for slot in slots]
+    step = slots[1] - slots[0] if len(slots) > 1 else 1
+    together = x[slots[0] : slots[-1] + 1 : step].permute(1, 2, 0, 3, 4)
+    return [together[..., :D]], [together[..., D:]]
 
 
 def _pair(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -181,13 +220,13 @@ def _pair(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] 
 
 
 def _sequence(
-    k: Tensor | None, v: Tensor | None, buffer: Tensor, slots: int, D: int
+    k: Tensor | None, v: Tensor | None, x: Tensor, slots: Sequence[int], D: int
 ) -> tuple[Tensor, Tensor, int]:
     """The sequence's keys and values, and how many slots are depth: all, or all but the newest."""
     if k is not None and v is not None:
-        return k, v, slots
-    newest = buffer[slots - 1]
-    return newest[..., :D], newest[..., D:], slots - 1
+        return k, v, len(slots)
+    newest = x[slots[-1]]
+    return newest[..., :D], newest[..., D:], len(slots) - 1
 
 
 def _attention(
@@ -198,22 +237,24 @@ def _attention(
     token: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    places: Sequence[int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    opts = Options(**options)
-    check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, opts)
-    slots, D = token.shape[0], q.shape[-1]
-    _check_written(buffer, slots)
-    k, v, L = _sequence(k, v, buffer, slots, D)
+    opts, cu_seqlens = Options(**options), (cu_seqlens_q, cu_seqlens_k)
+    check_stream_attention(q, k, v, buffer, token, *cu_seqlens, places, opts)
+    kept, D = _Kept.of(token.shape[0], places), q.shape[-1]
+    _check_written(buffer, kept.places)
+    k, v, L = _sequence(k, v, buffer, kept.places, D)
+    depth = kept.depth(L)
     out, lse = ops.implementation(q).attention(
         q,
         k,
         v,
-        *_packed(buffer, L, D),
+        *_depth(buffer, depth.places, D, depth.packed),
         *opts.resolved(D),
-        cu_seqlens=_pair(cu_seqlens_q, cu_seqlens_k),
+        cu_seqlens=_pair(*cu_seqlens),
     )
-    return out, lse, _token(token, slots)
+    return out, lse, _token(token, len(kept.rows))
 
 
 def _attention_fake(
@@ -224,14 +265,15 @@ def _attention_fake(
     token: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    places: Sequence[int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     opts = Options(**options)
-    check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, opts)
+    check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, places, opts)
     B, T, HQ, D = q.shape
     out = q.new_empty(B, T, HQ, buffer.shape[-1] - D)
     lse = q.new_empty(B, HQ, T, dtype=ops.lse_dtype(q))
-    return out, lse, _token(token, token.shape[0])
+    return out, lse, _token(token, slots_left(token, places))
 
 
 def _attention_setup_context(
@@ -240,9 +282,9 @@ def _attention_setup_context(
     options: dict[str, Any],
     output: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    q, k, v, buffer, token, *cu_seqlens = inputs
+    q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, ctx.places = inputs
     out, lse, _ = output
-    ctx.save_for_backward(q, k, v, buffer, out, lse, *cu_seqlens)
+    ctx.save_for_backward(q, k, v, buffer, out, lse, cu_seqlens_q, cu_seqlens_k)
     ctx.slots, ctx.grad_dtype, ctx.options = token.shape[0], token.dtype, options
     ctx.set_materialize_grads(False)
 
@@ -251,7 +293,13 @@ def _attention_backward_formula(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, dtoken: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
-        return None, None, None, None, dtoken, None, None
+        kept = _Kept.of(ctx.slots, ctx.places)
+        if dtoken is not None and len(kept.rows) < ctx.slots:
+            handed = dtoken
+            dtoken = handed.new_zeros(ctx.slots, *handed.shape[1:])
+            for row, grad in zip(kept.rows, handed, strict=True):
+                dtoken[row] = grad
+        return None, None, None, None, dtoken, None, None, None
     q, k, v, buffer, out, lse, *cu_seqlens = ctx.saved_tensors
     dq, dk_dv, dtoken = torch.ops.moda.stream_attention_backward(
         dout,
@@ -266,10 +314,11 @@ def _attention_backward_formula(
         ctx.slots,
         ctx.grad_dtype,
         *cu_seqlens,
+        ctx.places,
         **ctx.options,
     )
     dk, dv = dk_dv or (None, None)
-    return dq, dk, dv, None, dtoken, None, None
+    return dq, dk, dv, None, dtoken, None, None, None
 
 
 def _attention_backward(
@@ -286,38 +335,46 @@ def _attention_backward(
     grad_dtype: torch.dtype,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    places: Sequence[int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     opts = Options(**options)
     cu_seqlens = cu_seqlens_q, cu_seqlens_k
     _check_attention_backward(
-        dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, *cu_seqlens, opts
+        dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, *cu_seqlens, places, opts
     )
-    _check_written(buffer, slots)
-    D = q.shape[-1]
+    kept, D = _Kept.of(slots, places), q.shape[-1]
+    _check_written(buffer, kept.places)
     if dtoken is not None and dtoken.stride(-1) != 1:
         dtoken = dtoken.contiguous()
     dout = torch.zeros_like(out) if dout is None else dout
     grads = buffer.new_empty((slots, *buffer.shape[1:]), dtype=grad_dtype)
     dk_dv = [x.new_empty(x.shape) for x in (k, v) if x is not None]  # of keys outside the stream
-    into = dk_dv or _sequence(None, None, grads, slots, D)[:2]
+    for row in set(range(slots)).difference(kept.rows):
+        grads[row].zero_()
+    into = dk_dv or _sequence(None, None, grads, kept.rows, D)[:2]
     running: Sequence[Tensor | None] = (None, None)
     if dtoken is not None and not dk_dv:
-        running = _sequence(None, None, dtoken, slots, D)[:2]
-    k, v, L = _sequence(k, v, buffer, slots, D)
+        running = _sequence(None, None, dtoken, range(len(dtoken)), D)[:2]
+    k, v, L = _sequence(k, v, buffer, kept.places, D)
+    depth = kept.depth(L)
+    packed = depth.packed
+    handed = None
+    if dtoken is not None:
+        handed = (*running, *_depth(dtoken, range(L), D, packed))
     dq, *_ = ops.implementation(q).attention_backward(
         dout,
         dlse,
         q,
         k,
         v,
-        *_packed(buffer, L, D),
+        *_depth(buffer, depth.places, D, packed),
         out,
         lse,
         *opts.resolved(D),
         cu_seqlens=_pair(*cu_seqlens),
-        grads=(*into, *_packed(grads, L, D)),
-        running=None if dtoken is None else (*running, *_packed(dtoken, L, D)),
+        grads=(*into, *_depth(grads, depth.rows, D, packed)),
+        running=handed,
     )
     return dq, dk_dv, grads
 
@@ -336,12 +393,13 @@ def _attention_backward_fake(
     grad_dtype: torch.dtype,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    places: Sequence[int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     opts = Options(**options)
     cu_seqlens = cu_seqlens_q, cu_seqlens_k
     _check_attention_backward(
-        dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, *cu_seqlens, opts
+        dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, *cu_seqlens, places, opts
     )
     dk_dv = [x.new_empty(x.shape) for x in (k, v) if x is not None]
     grads = buffer.new_empty((slots, *buffer.shape[1:]), dtype=grad_dtype)
@@ -362,15 +420,15 @@ def _check_attention_backward(
     grad_dtype: torch.dtype,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    places: Sequence[int] | None,
     options: Options,
 ) -> None:
     token = _token(buffer[:0].to(grad_dtype), slots)
-    check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, options)
+    check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, places, options)
     check_backward(dout, dlse, out, lse, q, buffer[..., q.shape[-1] :], ops.lse_dtype(q))
     if dtoken is not None:
-        check_like(
-            "dtoken", dtoken, tuple(token.shape), "(slots, B, T, H, D + DV)", grad_dtype, q.device
-        )
+        shape = slots_left(token, places), *token.shape[1:]
+        check_like("dtoken", dtoken, shape, "(slots, B, T, H, D + DV)", grad_dtype, q.device)
 
 
 for _name, _kernel, _fake in (

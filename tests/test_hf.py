@@ -87,6 +87,15 @@ def test_config_goes_both_ways(tmp_path: Path) -> None:
     assert saved["model_type"] == "moda" and saved["rope_base"] == 5e3
 
 
+def test_a_bounded_model_goes_both_ways(tmp_path: Path) -> None:
+    inner = nn.MoDALanguageModel(replace(SIZES, layers=4).bounded(2))
+    MoDAForCausalLM.from_nn(inner).save_pretrained(tmp_path)
+    loaded = MoDAForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.to_nn() == inner.config
+    tokens = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(loaded(tokens).logits, inner(tokens))
+
+
 def test_config_knows_the_names_of_transformers() -> None:
     config = MoDAConfig(hidden_size=24, num_attention_heads=4, num_key_value_heads=2)
     assert config.to_nn() == replace(MoDAConfig().to_nn(), width=24, heads=4, kv_heads=2)

@@ -10,6 +10,14 @@ from moda_kernels.operators import (
     chunk_attention,
     chunk_attention_backward,
     decode,
+    depth_mass,
 )
 
-__all__ = ["attention", "attention_backward", "chunk_attention", "chunk_attention_backward", "decode"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "chunk_attention",
+    "chunk_attention_backward",
+    "decode",
+    "depth_mass",
+]

@@ -18,6 +18,7 @@ from moda_kernels.backward_dq import launch_dq
 from moda_kernels.bands import Bands, launch_bands
 from moda_kernels.decode_merge import launch_decode_merge
 from moda_kernels.decode_split import launch_decode_split
+from moda_kernels.depth_mass import launch_depth_mass
 from moda_kernels.forward import launch_forward
 from moda_kernels.forward_depth import launch_forward_depth
 from moda_kernels.plans import backward_plan, forward_plan
@@ -209,6 +210,20 @@ def chunk_attention_backward(
         dq = launch_dq(p, q, k, v, dout, lse, delta, dq)
         launch_dkv(p, q, k, v, dout, lse, delta, dk, dv, None, None)
     return dq, dk, dv, dk_depth, dv_depth
+
+
+def depth_mass(
+    q: Tensor, k_depth: list[Tensor], lse: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """(B, HQ, L) in float32."""
+    (B, T, HQ, D), packed = q.shape, len(k_depth) == 1 and k_depth[0].dim() == 5
+    L = k_depth[0].shape[2] if packed else len(k_depth)
+    if L == 0 or q.numel() == 0:
+        return q.new_zeros(B, HQ, L, dtype=torch.float32)
+    H = k_depth[0].shape[-2]
+    p = Problem(B, T, 0, L, H, HQ // H, D, D, scale, None, None, softcap)
+    with torch.cuda.device_of(q):
+        return launch_depth_mass(p, q, k_depth, lse)
 
 
 def decode(

@@ -48,7 +48,7 @@ class DepthLayout(NamedTuple):
 def depth_pointers(*depths: list[Tensor]) -> tuple[list[Any], DepthLayout]:
     """For each depth (L slots, or a list of one packed tensor) what ``slot_rows`` takes; and their layout.
 
-    All depths have the same number L >= 1 of slots, on one device; as slots, also one dtype.
+    All depths have the same number L >= 1 of slots, on one device. A table does not say the slots' dtype.
     """
     first = depths[0][0]
     if first.dim() == 5:
@@ -74,4 +74,4 @@ def depth_pointers(*depths: list[Tensor]) -> tuple[list[Any], DepthLayout]:
         write(table[start:], tuple(words[start : start + _WORDS]))
     strides = table[part * len(depths) :]
     pointers = [(table[part * i :], strides) for i in range(len(depths))]
-    return pointers, DepthLayout(misaligned % 16 == 0, False, (first.dtype,))
+    return pointers, DepthLayout(misaligned % 16 == 0, False, tuple(depth[0].dtype for depth in depths))

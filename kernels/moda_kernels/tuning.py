@@ -142,6 +142,14 @@ def backward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> DepthTil
     return DepthTile(1, BLOCK_G, 16, 1, 2)
 
 
+def depth_mass_tile(dtype: torch.dtype, G: int, D: int) -> DepthTile:
+    """A token by a warp, as in the forward over depth; wide groups go by in parts. Not measured yet."""
+    width = block_dim(D)
+    if dtype is torch.float32:
+        return DepthTile(1, 16, 16, 4, 1)
+    return DepthTile(1, min(triton.next_power_of_2(G), 4096 // width), 16, 1, 2)
+
+
 def backward_dq_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int) -> Tile:
     width = max(block_dim(D), block_dim(DV))
     if dtype is torch.float32:

@@ -9,13 +9,22 @@ depth key.
 :class:`MoDALanguageModel` is the model. :class:`MoDAClassifier` takes images: the same blocks,
 without a causal mask and without rotation. The stream is a value that the blocks pass on: a
 :class:`moda_ops.DepthStream`, or, for the functional path, :class:`moda_ops.DepthSlots`, or, in
-:func:`generate`, a :class:`CachedStream` over a :class:`KVCache`, which keeps no depth. Shapes: B
-batch, T tokens, C width, HQ query heads, H key/value heads, D head dimension.
+:func:`generate`, a :class:`CachedStream` over a :class:`KVCache`, which keeps no depth. A
+:class:`WatchedStream` shows what layers read: see :func:`depth_use`. Shapes: B batch, T tokens, C
+width, HQ query heads, H key/value heads, D head dimension.
 """
 
 from moda_ops.nn.cache import CachedStream, KVCache
 from moda_ops.nn.config import BlockConfig, Depth, MoDAConfig, Norm
 from moda_ops.nn.generation import decode_step, generate, prefill, token_probabilities
+from moda_ops.nn.inspection import (
+    AttentionMap,
+    DepthUse,
+    attention_map,
+    depth_use,
+    measure_depth_mass,
+    plot_attention,
+)
 from moda_ops.nn.layers import (
     DepthAttention,
     DepthProjection,
@@ -29,14 +38,17 @@ from moda_ops.nn.layers import (
 )
 from moda_ops.nn.model import DepthAttentionBlock, MoDABlock, MoDALanguageModel, MoDATransformer
 from moda_ops.nn.vision import MoDAClassifier, PatchEmbedding, VisionConfig
+from moda_ops.nn.watch import Reading, WatchedStream
 
 __all__ = [
+    "AttentionMap",
     "BlockConfig",
     "CachedStream",
     "Depth",
     "DepthAttention",
     "DepthAttentionBlock",
     "DepthProjection",
+    "DepthUse",
     "FeedForward",
     "KVCache",
     "MoDAAttention",
@@ -48,11 +60,17 @@ __all__ = [
     "Norm",
     "PatchEmbedding",
     "RMSNorm",
+    "Reading",
     "Rotary",
     "Stream",
     "VisionConfig",
+    "WatchedStream",
+    "attention_map",
     "decode_step",
+    "depth_use",
     "generate",
+    "measure_depth_mass",
+    "plot_attention",
     "prefill",
     "rotary_angles",
     "rotate",

@@ -4,6 +4,7 @@ A token's depth keys are read by the layers above, at the token itself, and by n
 live as long as the token passes the layers.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,10 @@ class CachedStream(NamedTuple):
     def write(self, k: Tensor, v: Tensor) -> "CachedStream":
         """The stream with one more depth slot: k and v (B, N, H, D) of the N tokens at hand."""
         return CachedStream(self.cache, self.start, self.slots.write(k, v), self.layer)
+
+    def keep(self, slots: Sequence[int]) -> "CachedStream":
+        """The stream without all other depth slots; see :meth:`moda_ops.DepthStream.keep`."""
+        return CachedStream(self.cache, self.start, self.slots.keep(slots), self.layer)
 
     def attend(
         self,

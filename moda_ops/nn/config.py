@@ -1,9 +1,10 @@
 """Sizes and options of the models."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
 
 from moda_ops.checks import MAX_HEAD_DIM
+from moda_ops.policies import SlotPolicy, kept_slots, positions, recent
 
 Depth = Literal["residual", "attention", "kv", "kv+ffn", "kv+ffn+attn"]
 """How layers read earlier layers; :class:`BlockConfig` explains each."""
@@ -46,6 +47,8 @@ class BlockConfig:
         write_last: let the last block write to the depth stream too, although no layer reads it
             there (the counts in Table 6 have it). Its projections then get no gradient.
         causal: whether a token sees the tokens up to itself, or all of its sequence.
+        depth_keep: for each block the depth slots that it may read, by their numbers in the order
+            they are written; None is all. :meth:`bounded` fills it in. No parameter depends on it.
 
     Raises:
         ValueError: sizes that do not fit together, or an option that does not exist.
@@ -63,6 +66,7 @@ class BlockConfig:
     bias: bool = False
     write_last: bool = False
     causal: bool = True
+    depth_keep: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         self._check_sizes("layers", "width", "heads", "kv_heads", "head_dim", "hidden")
@@ -79,6 +83,7 @@ class BlockConfig:
                 f"heads * head_dim = {self.heads} * {self.head_dim} = {self.q_width} must equal "
                 f"width = {self.width} for depth = 'attention': a layer's input is a row of heads"
             )
+        self.depth_positions()
 
     def _check_sizes(self, *names: str) -> None:
         for name in names:
@@ -109,11 +114,87 @@ class BlockConfig:
             [0, 1, 2]
             >>> replace(config, depth="attention").depth_reads()  # after every layer, embedding too
             [2, 3, 4, 5, 6, 7]
+            >>> config.bounded(3).depth_reads()
+            [0, 2, 3]
         """
+        writes = self.depth_writes()
+        there = [sum(writes[: layer + 1]) for layer in range(self.layers)]
+        if self.depth_keep is not None:
+            there = [len(kept) for kept in self.depth_keep]
         if self.depth == "attention":
-            return list(range(2, 2 * self.layers + 2))
+            return [slots + own for slots in there for own in (1, 2)]
+        return there
+
+    def depth_writes(self) -> list[int]:
+        """Slots that are written before each block, and after the one before it.
+
+        Example:
+            >>> BlockConfig(
+            ...     layers=3, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+            ... ).depth_writes()
+            [0, 2, 2]
+        """
         slots = {"residual": 0, "kv": 1}.get(self.depth, 2)
-        return [slots * layer for layer in range(self.layers)]
+        return [1 if self.depth == "attention" else 0, *[slots] * (self.layers - 1)]
+
+    def bounded(self, budget: int, policy: SlotPolicy = recent) -> Self:
+        """The same model with at most ``budget`` slots for a block to read.
+
+        Slots are dropped between blocks. Under ``depth="attention"`` a block's two layers read, on
+        top of these, what the block itself has written.
+
+        Args:
+            budget: at least 1.
+            policy: which slots stay: one of :mod:`moda_ops.policies`, or a function of one's own.
+
+        Raises:
+            TypeError, ValueError: as :func:`moda_ops.policies.kept_slots`.
+
+        Example:
+            >>> from moda_ops.policies import first_and_recent
+            >>> config = BlockConfig(
+            ...     layers=4, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+            ... )
+            >>> config.bounded(3, first_and_recent(1)).depth_keep
+            ((), (0, 1), (0, 2, 3), (0, 4, 5))
+        """
+        return replace(self, depth_keep=kept_slots(self.depth_writes(), budget, policy))
+
+    def depth_positions(self) -> list[tuple[int, ...] | None]:
+        """For each block what ``keep`` of the stream takes before it; None where all slots stay.
+
+        Raises:
+            ValueError: ``depth_keep`` has not one entry for each block, or has a slot that is not
+                there.
+
+        Example:
+            >>> BlockConfig(
+            ...     layers=4, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+            ... ).bounded(3).depth_positions()
+            [None, None, (1, 2, 3), (2, 3, 4)]
+        """
+        if self.depth_keep is None:
+            return [None] * self.layers
+        if len(self.depth_keep) != self.layers:
+            raise ValueError(
+                f"depth_keep must have an entry for each of the {self.layers} blocks, got "
+                f"{len(self.depth_keep)}"
+            )
+        there: tuple[int, ...] = ()
+        result: list[tuple[int, ...] | None] = []
+        end = 0
+        for layer, (more, kept) in enumerate(
+            zip(self.depth_writes(), self.depth_keep, strict=True)
+        ):
+            there = (*there, *range(end, end + more))
+            end += more
+            try:
+                places = positions(there, kept)
+            except ValueError as error:
+                raise ValueError(f"depth_keep[{layer}]: {error}") from None
+            result.append(None if len(places) == len(there) else places)
+            there = kept
+        return result
 
     def depth_slots(self) -> int:
         """Slots that the layers write in all.

@@ -8,12 +8,15 @@ from torch.nn import functional as F
 
 from moda_ops.nn.cache import CachedStream
 from moda_ops.nn.config import BlockConfig
+from moda_ops.nn.watch import WatchedStream
 from moda_ops.stream import DepthSlots, DepthStream
 
 if TYPE_CHECKING:
     from moda_ops.nn.context_parallel import ContextParallelStream
 
-Stream = TypeVar("Stream", DepthSlots, DepthStream, CachedStream, "ContextParallelStream")
+Stream = TypeVar(
+    "Stream", DepthSlots, DepthStream, CachedStream, WatchedStream, "ContextParallelStream"
+)
 """Any form of the depth stream."""
 
 Rotary = tuple[Tensor, Tensor]

@@ -19,6 +19,7 @@ from moda_ops.nn.layers import (
     Stream,
     rotary_angles,
 )
+from moda_ops.nn.watch import WatchedStream
 from moda_ops.stream import DepthSlots, DepthStream
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class MoDATransformer(nn.Module):
         super().__init__()
         self.config = config
         self.kv_heads = config.kv_heads  # that this process has: tensor parallelism divides them
+        self.depth_kept = config.depth_positions()
         self.embedding = embedding
         depth_attention = config.depth == "attention"
         self.embedding_norm = RMSNorm(config.width, gain=False) if depth_attention else None
@@ -193,8 +195,15 @@ class MoDATransformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def stream(self, batch: int, tokens: int) -> DepthSlots | DepthStream:
-        """The empty stream of a forward pass, as large as the blocks will fill it."""
-        return self._allocate(batch, tokens) if self.config.depth_slots() else DepthSlots()
+        """The empty stream of a forward pass, as large as the blocks will fill it.
+
+        Of a bounded model without gradients it is a list of slots, which frees the dropped ones.
+        """
+        slots = self.config.depth_slots()
+        bounded = self.config.depth_keep is not None
+        if slots == 0 or (bounded and not torch.is_grad_enabled()):
+            return DepthSlots()
+        return self._allocate(batch, tokens)
 
     def _allocate(self, batch: int, tokens: int) -> DepthStream:
         shape = self.config.depth_slots(), batch, tokens, self.kv_heads, self.config.head_dim
@@ -204,7 +213,7 @@ class MoDATransformer(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary | None,
-        stream: "DepthSlots | DepthStream | CachedStream | ContextParallelStream",
+        stream: "DepthSlots | DepthStream | CachedStream | WatchedStream | ContextParallelStream",
         *,
         run_block: RunBlock | None = None,
     ) -> Tensor:
@@ -221,7 +230,10 @@ class MoDATransformer(nn.Module):
             k, v = self.embedding_write(self.embedding_norm(x), rotary)
             x = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2)
             stream = stream.write(k, v)
-        for block in self.blocks:
+            del k, v  # or a bounded stream could not free the slot
+        for block, kept in zip(self.blocks, self.depth_kept, strict=True):
+            if kept is not None:
+                stream = stream.keep(kept)  # type: ignore[union-attr]  # context has no bounds
             if run_block is None:
                 x, stream = block(x, rotary, stream)
             else:
@@ -307,7 +319,7 @@ class MoDALanguageModel(MoDATransformer):
     def forward(
         self,
         tokens: Tensor,
-        stream: DepthSlots | DepthStream | None = None,
+        stream: DepthSlots | DepthStream | WatchedStream | None = None,
         *,
         context: "ContextParallel | None" = None,
     ) -> Tensor:
@@ -316,7 +328,7 @@ class MoDALanguageModel(MoDATransformer):
         Args:
             tokens: (B, T), integer.
             stream: an empty stream; default a :class:`DepthStream` of the right size. Give
-                ``DepthSlots()`` for the functional path.
+                ``DepthSlots()`` for the functional path, or a :class:`WatchedStream` of either.
             context: given if tokens are this rank's part of a sequence, as are then the logits; it
                 makes the stream.
         """
@@ -324,6 +336,8 @@ class MoDALanguageModel(MoDATransformer):
         if context is not None:
             if stream is not None:
                 raise ValueError("stream must be None if context is given, which makes the stream")
+            if self.config.depth_keep is not None:
+                raise ValueError("context must be None for a model with bounded slots (depth_keep)")
             angles = self._rotary(context.positions(T, tokens.device))
             parts = context.stream(*(self._allocate(B, T // 2) for _ in range(2)))
             return self.logits(self.hidden(self.embedding(tokens), angles, parts))

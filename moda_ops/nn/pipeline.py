@@ -21,7 +21,7 @@ class PipelineStage(nn.Module):
     optimizer's step.
 
     Args:
-        model: any ``depth`` but ``"attention"``.
+        model: any ``depth`` but ``"attention"``, with all its slots.
         first: number of the stage's first block.
         last: number of the block after its last.
 
@@ -49,6 +49,8 @@ class PipelineStage(nn.Module):
             raise ValueError(
                 f"first = {first} and last = {last} must be a range of {layers} blocks"
             )
+        if model.config.depth_keep is not None:
+            raise ValueError("a model with bounded slots (depth_keep) cannot be a pipeline")
         if model.config.depth == "attention":
             raise ValueError("depth = 'attention' cannot be a pipeline: a layer's input is depth")
         self.config, self.kv_heads = model.config, model.kv_heads

@@ -12,8 +12,8 @@ and two forms of its closed-form gradient, `attention_backward_loops` and `atten
 `attention_varlen` and `attention_varlen_backward` take packed documents, each of which is attention
 of its own, and `decode` is `attention` of new tokens to a cache. `depth_attention` and its backward
 have depth keys alone; in `chunk_attention` and its backward a query sees those of earlier tokens in
-its chunk as well. `visible` and `chunk_visible` are the masks; `moda_reference.glossary` explains
-every symbol.
+its chunk as well. `depth_mass` and `sink_mass` say where the probability went. `visible` and
+`chunk_visible` are the masks; `moda_reference.glossary` explains every symbol.
 
 The package imports NumPy and nothing else.
 
@@ -33,6 +33,7 @@ from moda_reference.depth import depth_attention, depth_attention_backward
 from moda_reference.gradients import Gradients
 from moda_reference.loops import attention_backward_loops, attention_loops
 from moda_reference.masks import chunk_visible, visible
+from moda_reference.mass import depth_mass, sink_mass
 from moda_reference.tiled import attention_tiled
 from moda_reference.varlen import attention_varlen, attention_varlen_backward
 from moda_reference.vectorised import attention, attention_backward
@@ -53,5 +54,7 @@ __all__ = [
     "decode",
     "depth_attention",
     "depth_attention_backward",
+    "depth_mass",
+    "sink_mass",
     "visible",
 ]

@@ -41,7 +41,7 @@ def depth_attention(
     >>> bool(np.allclose(out, v_depth))    # a softmax over one slot
     True
     """
-    k, v = _no_sequence(q, k_depth, v_depth)
+    k, v = no_sequence(q, k_depth, v_depth)
     return attention(q, k, v, k_depth, v_depth, scale=scale, softcap=softcap)
 
 
@@ -74,13 +74,13 @@ def depth_attention_backward(
     >>> bool(np.allclose(grads.dv_depth[0], 1)), bool(np.allclose(grads.dq, 0))    # p = 1
     (True, True)
     """
-    k, v = _no_sequence(q, k_depth, v_depth)
+    k, v = no_sequence(q, k_depth, v_depth)
     return attention_backward(
         dout, q, k, v, k_depth, v_depth, dlse=dlse, scale=scale, softcap=softcap
     )
 
 
-def _no_sequence(q: npt.ArrayLike, k_depth: Depth, v_depth: Depth) -> tuple[Array, Array]:
+def no_sequence(q: npt.ArrayLike, k_depth: Depth, v_depth: Depth) -> tuple[Array, Array]:
     """k (B, 0, H, D) and v (B, 0, H, DV), as far as shapes say; `attention` checks them all."""
     B, HQ, D = (np.shape(q)[axis] if np.ndim(q) == 4 else 1 for axis in (0, 2, 3))
     H = _axis(k_depth, -2, otherwise=HQ)

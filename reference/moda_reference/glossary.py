@@ -50,6 +50,7 @@ GLOSSARY: tuple[Symbol, ...] = tuple(
         ("causal", "bool", "hide keys after the query's position", "i_q // G >= i_k, algorithm 1"),
         ("window", "int, pair", "how far a query sees to the left and right", "-"),
         ("chunk_size", "int", "tokens in a chunk, whose depth slots are shared", "-"),
+        ("keys", "int", "how many first keys of a sequence are its attention sink", "figure 5"),
         ("scale", "float", "factor of dot products, 1 / sqrt(D)", "section 2"),
         ("softcap", "float", "c in score = c tanh(score / c)", "-"),
         # forward

@@ -83,6 +83,7 @@ def main(capability: str, shared_memory: str, head_dim: str, dtype: str, group: 
         packed = 1.0, 5, 0, None, "auto", (starts, starts)
         operators.attention(q, k, k, *depths, *packed)
         operators.attention_backward(q, None, q, k, k, *depths, out, lse, *packed)
+        operators.depth_mass(q, depth, lse, 1.0, None)
         chunk = 8, 1.0, None, None
         operators.chunk_attention(q, k, k, *depths, *chunk)
         operators.chunk_attention_backward(q, None, q, k, k, *depths, out, lse, *chunk)

@@ -23,6 +23,6 @@ def test_shared_memory_suffices_and_lengths_share_compilations(capability: int, 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     needed, compilations = json.loads(done.stdout)
-    assert len(needed) == 11
+    assert len(needed) == 12
     assert max(needed.values()) <= LEAST, needed
     assert compilations == compilations[:1] * 3

@@ -16,19 +16,21 @@ def kernels_on_every_device(monkeypatch):
     monkeypatch.setattr(ops, "implementation", lambda q: moda_kernels)
 
 
-def as_stream(inputs, newest, grad_dtype):
-    """Buffer and token whose slots are depth and, if ``newest``, the sequence last."""
+def as_stream(inputs, newest, grad_dtype, places=None):
+    """Buffer and token whose slots are depth and, if ``newest``, the sequence last; the rest of the
+    buffer is NaN."""
     q, k, v, k_depth, v_depth = inputs
     slots = list(zip(k_depth, v_depth, strict=True)) + ([(k, v)] if newest else [])
     shape = (q.shape[0], q.shape[1], k.shape[2], k.shape[3] + v.shape[3])
-    buffer = q.new_full((len(slots) + 2, *shape), float("nan"))
-    for i, pair in enumerate(slots):
-        buffer[i] = torch.cat(pair, -1)
-    token = torch.empty_strided((len(slots), *shape), (0,) * 5, dtype=grad_dtype, device=q.device)
+    places = range(len(slots)) if places is None else places
+    buffer = q.new_full((max(places, default=0) + 2, *shape), float("nan"))
+    for place, pair in zip([n for n in places if n >= 0], slots, strict=True):
+        buffer[place] = torch.cat(pair, -1)
+    token = torch.empty_strided((len(places), *shape), (0,) * 5, dtype=grad_dtype, device=q.device)
     return buffer, token
 
 
-def run_stream(newest, grad_dtype, dtoken=None, **options):
+def run_stream(newest, grad_dtype, dtoken=None, places=None, **options):
     """``assert_matches_reference``'s run, through the stream operators and ``dtoken``."""
     window = options.pop("window", None)
     left, right = window if isinstance(window, tuple) else (window, window)
@@ -36,13 +38,16 @@ def run_stream(newest, grad_dtype, dtoken=None, **options):
 
     def run(inputs, dout, dlse):
         q, D = inputs.q, inputs.q.shape[-1]
-        buffer, token = as_stream(inputs, newest, grad_dtype)
+        buffer, token = as_stream(inputs, newest, grad_dtype, places)
         k, v = (None, None) if newest else inputs[1:3]
+        options["places"] = places
         out, lse, _ = torch.ops.moda.stream_attention(q, k, v, buffer, token, **options)
         dq, dk_dv, grads = torch.ops.moda.stream_attention_backward(
             dout, dlse, dtoken, q, k, v, buffer, out, lse, len(token), grad_dtype, **options
         )
-        grads = grads.unbind()
+        dropped = [n < 0 for n in places or [0] * len(token)]
+        assert not grads[dropped].any()
+        grads = grads[[not gone for gone in dropped]].unbind()
         slots = [[g[..., :D] for g in grads], [g[..., D:] for g in grads]]
         dk, dv = [x.pop() for x in slots] if newest else dk_dv
         return out, lse, Inputs(dq, dk, dv, *slots)
@@ -73,6 +78,41 @@ def test_options(options, device):
     assert_matches_reference(inputs, run_stream(True, torch.float32, **options), **options)
 
 
+PLACES = dict(
+    recent=[-1, -1, 4, 5, 6, 7],
+    spaced=[0, -1, 2, -1, 4, -1, 6],
+    uneven=[0, -1, 4, 5, 7],
+    spaced_in_the_buffer_alone=[1, 2, -1, 3, 4],
+)
+every_place = pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+
+
+@every_place
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropped_slots(places, dtype, device):
+    """Of the four slots that are there the last is the sequence; then five, and keys outside."""
+    inputs = make_inputs(2, 9, 4, 2, 16, 3, DV=24, dtype=dtype, device=device)
+    assert_matches_reference(inputs, run_stream(True, dtype, places=places))
+    inputs = make_inputs(1, 9, 4, 2, 16, 5, S=11, dtype=dtype, device=device)
+    places = [*places, max(places) + 1, -1]
+    assert_matches_reference(inputs, run_stream(False, torch.float32, places=places))
+
+
+@pytest.mark.parametrize("newest", [True, False])
+@every_place
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_running_gradient_of_slots_that_are_left(places, newest, dtype, device):
+    inputs = make_inputs(1, 9, 4, 2, 16, 4 - newest, dtype=dtype, device=device)
+    cotangents, generator = make_cotangents(inputs), torch.Generator().manual_seed(2)
+    running = torch.randn(4, 1, 9, 2, 32, generator=generator).to(device)
+    floor = rounding(inputs, *cotangents)
+    *_, alone = run_stream(newest, torch.float32, places=places)(inputs, *cotangents)
+    for grad_dtype in {torch.float32, dtype}:
+        dtoken = running.to(grad_dtype)
+        *_, both = run_stream(newest, grad_dtype, dtoken, places)(inputs, *cotangents)
+        assert_running(newest, both, alone, dtoken, floor)
+
+
 @pytest.mark.parametrize("newest", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -89,17 +129,23 @@ def test_running_gradient_is_added_before_the_one_rounding(HQ, H, D, L, dtype, n
     for grad_dtype in {torch.float32, dtype}:
         dtoken = running.to(grad_dtype)
         *_, both = run_stream(newest, grad_dtype, dtoken)(inputs, *cotangents)
-        assert torch.equal(both.q, alone.q)
-        k_before, v_before = (list(x) for x in dtoken.split([D, D], -1))
-        if newest:
-            assert_one_rounding(both.k, alone.k, k_before.pop(), floor["dk"])
-            assert_one_rounding(both.v, alone.v, v_before.pop(), floor["dv"])
-        else:
-            assert torch.equal(both.k, alone.k) and torch.equal(both.v, alone.v)
-        for args in zip(both.k_depth, alone.k_depth, k_before, strict=True):
-            assert_one_rounding(*args, floor["dk_depth"])
-        for args in zip(both.v_depth, alone.v_depth, v_before, strict=True):
-            assert_one_rounding(*args, floor["dv_depth"])
+        assert_running(newest, both, alone, dtoken, floor)
+
+
+def assert_running(newest, both, alone, dtoken, floor):
+    """``both`` are the gradients ``alone`` and what was running, added in one rounding."""
+    D = both.q.shape[-1]
+    assert torch.equal(both.q, alone.q)
+    k_before, v_before = (list(x) for x in dtoken.split([D, D], -1))
+    if newest:
+        assert_one_rounding(both.k, alone.k, k_before.pop(), floor["dk"])
+        assert_one_rounding(both.v, alone.v, v_before.pop(), floor["dv"])
+    else:
+        assert torch.equal(both.k, alone.k) and torch.equal(both.v, alone.v)
+    for args in zip(both.k_depth, alone.k_depth, k_before, strict=True):
+        assert_one_rounding(*args, floor["dk_depth"])
+    for args in zip(both.v_depth, alone.v_depth, v_before, strict=True):
+        assert_one_rounding(*args, floor["dv_depth"])
 
 
 def assert_one_rounding(total, own, before, floor):
