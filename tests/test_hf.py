@@ -76,6 +76,7 @@ def test_config_goes_both_ways(tmp_path: Path) -> None:
     inner = nn.MoDAConfig(
         vocab_size=7, layers=2, width=12, heads=3, kv_heads=1, head_dim=4, hidden=5,
         depth="attention", norm="pre", qk_norm=True, bias=True, write_last=True, rope_base=5e3,
+        depth_keep=((0,), (0, 2)),
     )  # fmt: skip
     defaults = asdict(MoDAConfig().to_nn())
     assert [k for k, v in asdict(inner).items() if v == defaults[k]] == ["causal"]

@@ -296,11 +296,12 @@ def test_the_baseline_is_the_same_model_through_sdpa(
         window: None,
         softcap: None,
         plan: str,
-    ) -> Tensor:
+        return_lse: bool,
+    ) -> tuple[Tensor, None]:
         assert k_depth == v_depth == []
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-        return out.transpose(1, 2)
+        return out.transpose(1, 2), None
 
     model, tokens = make_model(depth="residual", norm=norm).double(), tokens_like(2, 19)
     logits = model(tokens)

@@ -373,9 +373,11 @@ def test_bfloat16_is_as_accurate_as_plain_attention_in_it(
         v: Tensor,
         k_depth: list[Tensor],
         v_depth: list[Tensor],
+        return_lse: bool = False,
         **options: Any,
-    ) -> Tensor:
-        return plain_attention(Inputs(q, k, v, k_depth, v_depth), **options)[0]
+    ) -> Any:
+        out, lse = plain_attention(Inputs(q, k, v, k_depth, v_depth), **options)
+        return (out, lse) if return_lse else out
 
     model.blocks[-1].register_forward_hook(lambda *args: streams.append(args[-1][1]))
     actual = results(model, kind, run=run)
@@ -384,7 +386,8 @@ def test_bfloat16_is_as_accurate_as_plain_attention_in_it(
     assert {x.dtype for x in actual[1:]} == {model.embedding.weight.dtype}
 
     def plain_depth(q: Tensor, k: list[Tensor], v: list[Tensor], **options: Any) -> Tensor:
-        return plain_slots(q, k[0][:, :0], v[0][:, :0], k, v, **options)
+        out: Tensor = plain_slots(q, k[0][:, :0], v[0][:, :0], k, v, **options)
+        return out
 
     monkeypatch.setattr("moda_ops.stream.moda_attention", plain_slots)
     monkeypatch.setattr("moda_ops.stream.moda_depth_attention", plain_depth)
