@@ -26,14 +26,18 @@ class _Call(NamedTuple):
     outer: bool
 
 
+def _of_tensors(x: Any) -> bool:
+    return isinstance(x, list) and not (x and isinstance(x[0], (int, torch.SymInt)))
+
+
 def lengths(arguments: Iterable[Any]) -> Lengths:
-    """How many tensors each list among the arguments holds; None for what is no list."""
-    return [len(x) if isinstance(x, list) else None for x in arguments]
+    """How many tensors each list of them among the arguments holds; None for all else."""
+    return [len(x) if _of_tensors(x) else None for x in arguments]
 
 
 def flatten(arguments: Iterable[Any]) -> list[Any]:
-    """The arguments with the lists among them opened."""
-    return list(chain.from_iterable(x if isinstance(x, list) else (x,) for x in arguments))
+    """The arguments with the lists of tensors among them opened."""
+    return list(chain.from_iterable(x if _of_tensors(x) else (x,) for x in arguments))
 
 
 def unflatten(flat: Iterable[Any], form: Lengths) -> list[Any]:
@@ -118,6 +122,17 @@ def no_derivative(name: str) -> Callable[..., Any]:
         raise NotImplementedError(f"moda::{name} has no second derivative (create_graph=True)")
 
     return backward
+
+
+def without_gradient(library: torch.library.Library, name: str) -> None:
+    """Let the results of ``moda::name`` require no gradient, whatever its arguments do."""
+    op = getattr(torch.ops.moda, name).default
+
+    def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **options: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs, **options)
+
+    library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def refuse_gradients(library: torch.library.Library, name: str, message: str) -> None:

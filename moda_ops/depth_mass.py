@@ -19,6 +19,7 @@ from moda_ops.attention import (
     slot_lists,
     window_sides,
 )
+from moda_ops.autograd import without_gradient
 from moda_ops.checks import check_cu_seqlens, check_depth_mass, check_like
 from moda_ops.ops import LIBRARY, Options
 
@@ -214,4 +215,4 @@ def _mass_fake(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) ->
 for _device in ("CPU", "CUDA"):
     LIBRARY.impl("depth_mass", _mass, _device)
 torch.library.register_fake("moda::depth_mass", _mass_fake, lib=LIBRARY)
-LIBRARY.impl("depth_mass", torch.library.fallthrough_kernel, "Autograd")  # not differentiable
+without_gradient(LIBRARY, "depth_mass")
