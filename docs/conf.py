@@ -6,6 +6,7 @@ from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
+from moda_reference import glossary
 from sphinx.application import Sphinx
 
 project = "moda-ops"
@@ -20,10 +21,13 @@ shutil.copytree(
     pages.parents[1] / "tutorials", pages, ignore=shutil.ignore_patterns(".*", "_*", "*.py")
 )
 
+(Path(__file__).parent / "_glossary.txt").write_text(f"```text\n{glossary.table()}\n```\n")
+
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinx_click",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
