@@ -6,8 +6,9 @@ from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
-from moda_reference import glossary
 from sphinx.application import Sphinx
+
+from moda_reference import glossary
 
 project = "moda-ops"
 author = "The moda-ops authors"

@@ -66,7 +66,7 @@ def test_every_fence_is_known():
     """A code block in another language would not be run."""
     known = {"python", "pycon", "console", "text", ""}
     for page, text in PAGES.items():
-        fences = {fence for fence in re.findall(r"^```(.*)$", text, re.MULTILINE)}
+        fences = set(re.findall(r"^```(.*)$", text, re.MULTILINE))
         assert {fence for fence in fences if not fence.startswith("{")} <= known, page
 
 
