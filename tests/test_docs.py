@@ -6,6 +6,7 @@ sessions (pycon blocks) all run in one doctest.
 
 import doctest
 import functools
+import json
 import os
 import pathlib
 import re
@@ -68,6 +69,26 @@ def test_every_fence_is_known():
     for page, text in PAGES.items():
         fences = set(re.findall(r"^```(.*)$", text, re.MULTILINE))
         assert {fence for fence in fences if not fence.startswith("{")} <= known, page
+
+
+def test_the_table_of_performance_is_what_was_recorded(monkeypatch):
+    """Medians of the runs: cuDNN's, the operator's, and those with a list of slots."""
+    monkeypatch.syspath_prepend(DOCS / "measurements")
+    from plot_operator import depth_ms, measurements
+
+    recorded = json.loads((DOCS / "measurements" / "h100_operator.json").read_text())
+    rate = max(run["copy_tb_per_s"] for run in recorded["runs"])
+    rows = measurements(recorded)
+    assert len(rows) == 10
+    for shape, times in rows.items():
+        (row,) = re.findall(
+            rf"^\| {', '.join(map(str, shape))} \|(.*)\|$", PAGES["performance"], re.M
+        )
+        told = [float(cell.split()[0]) for cell in row.split("|")]
+        keys = [(name, part) for name in ("moda", "moda, list") for part in ("forward", "backward")]
+        taken = [times["cuDNN", "forward"], times["cuDNN", "backward"], depth_ms(shape, rate)]
+        taken += [times[keys[i]] for i in (0, 2, 1, 3)]
+        assert told == pytest.approx(taken, rel=0.015), shape
 
 
 @pytest.mark.filterwarnings("ignore")
