@@ -37,9 +37,9 @@ html_title = f"moda-ops {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {  # a line of 100 characters fits
-    name: {"code-font-size": "0.78rem"} for name in ("light_css_variables", "dark_css_variables")
+    name: {"code-font-size": "0.77rem"} for name in ("light_css_variables", "dark_css_variables")
 }
-pygments_dark_style = "github-dark"
+pygments_dark_style = "one-dark"
 maximum_signature_line_length = 88
 
 nb_execution_mode = "off"  # notebooks are committed with their outputs
