@@ -1,8 +1,8 @@
 """Mixture-of-Depths Attention (MoDA, arXiv 2603.15619) for torch.compile.
 
 A query attends, under one softmax, to the keys of its sequence and to the depth keys that earlier
-layers wrote at the query's own token. ``moda_attention`` is the public function, ``DepthStream`` its
-form for whole models (``DepthSlots`` the same over a list of slots), and ``moda_decode`` its
+layers wrote at the query's own token. ``moda_attention`` is the public function, ``DepthStream``
+its form for whole models (``DepthSlots`` the same over a list of slots), ``moda_decode`` its
 decoding step; ``moda_attention_varlen`` takes packed documents, ``moda_depth_attention`` attends to
 depth alone, ``moda_chunk_attention`` to that of a chunk of tokens; ``moda_depth_mass`` and
 ``moda_sink_mass`` say where attention went; ``from_authors`` and ``to_authors`` translate from and
