@@ -1,12 +1,16 @@
 """Sphinx configuration: `make docs` builds with warnings as errors and without a network."""
 
+import re
 import shutil
+from dataclasses import astuple
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+
+from moda_reference import glossary
 
 project = "moda-ops"
 author = "The moda-ops authors"
@@ -20,15 +24,29 @@ shutil.copytree(
     pages.parents[1] / "tutorials", pages, ignore=shutil.ignore_patterns(".*", "_*", "*.py")
 )
 
+rows = [astuple(symbol) for symbol in glossary.GLOSSARY]
+rows = [("symbol", "shape", "meaning", "in the paper"), ("---",) * 4, *rows]
+(Path(__file__).parent / "_glossary.txt").write_text(
+    "\n".join(f"| {' | '.join(row)} |" for row in rows)
+)
+
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinx_click",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"moda-ops {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {  # a line of 100 characters fits
+    name: {"code-font-size": "0.77rem"} for name in ("light_css_variables", "dark_css_variables")
+}
+pygments_dark_style = "monokai"
+maximum_signature_line_length = 88
 
 nb_execution_mode = "off"  # notebooks are committed with their outputs
 nb_code_prompt_show = "Show the {type}"
@@ -55,9 +73,15 @@ def write_inline(translator: nodes.NodeVisitor, node: nodes.math) -> None:
 
 
 def write_block(translator: nodes.NodeVisitor, node: nodes.math_block) -> None:
-    translator.body.append(f"<p>{convert(node.astext(), display='block')}</p>")
+    translator.body.append(f"<p class='equation'>{convert(node.astext(), display='block')}</p>")
     raise nodes.SkipNode
 
 
+def show_paths_plainly(app: Sphinx, context: object, lines: list[str]) -> None:
+    """A default of the command line, ``PosixPath('out')``, as the path that it is."""
+    lines[:] = [re.sub(r"PosixPath\('(.*)'\)", r"\1", line) for line in lines]
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("sphinx-click-process-options", show_paths_plainly)
     app.add_html_math_renderer("mathml", (write_inline, None), (write_block, None))

@@ -32,7 +32,11 @@ device_option = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(moda_ops.__version__, prog_name="moda-ops")
 def main() -> None:
-    """Mixture-of-Depths Attention operators for torch.compile."""
+    """Mixture-of-Depths Attention operators for torch.compile.
+
+    Train a small model (demo, digits), time the operators beside their parts and peers (bench), see
+    what runs on this machine and whether it is right (doctor).
+    """
 
 
 @main.command()

@@ -1,5 +1,12 @@
-"""The code in docs/pytorch.md runs, each block by itself."""
+"""The code on every page of docs/ runs as a reader would run it.
 
+The python blocks of a section run one after the other, and a section by itself. Of pages with
+sessions (pycon blocks) all run in one doctest.
+"""
+
+import doctest
+import functools
+import json
 import os
 import pathlib
 import re
@@ -7,13 +14,24 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "pytorch.md").read_text()
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+PAGES = {page.stem: page.read_text() for page in sorted(DOCS.glob("*.md"))}
+
+
+def blocks(language, text):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
 SECTIONS = {
-    section.partition("\n")[0]: re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    for section in TEXT.split("\n## ")[1:]
+    f"{page}: {section.partition(chr(10))[0]}": blocks("python", section)
+    for page, text in PAGES.items()
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)
+    if blocks("python", section)
 }
-PACKAGES = SECTIONS.pop("Ahead-of-time packages")
+PACKAGES = SECTIONS.pop("pytorch: Ahead-of-time packages")
+SESSIONS = [page for page, text in PAGES.items() if blocks("pycon", text)]
 SAME = """
 inputs = list(inputs)
 expected = moda_ops.moda_attention(*inputs[:3], inputs[3:4], inputs[4:])
@@ -24,9 +42,53 @@ print("the same")
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("section", SECTIONS)
-def test_section(section):
-    (code,) = SECTIONS[section]
-    exec(compile(code, section, "exec"), {})
+def test_section(section, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # README's example runs through Inductor, these through all that comes before it.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    exec(compile("\n".join(SECTIONS[section]), section, "exec"), {"__name__": section})
+
+
+@pytest.mark.parametrize("page", SESSIONS)
+def test_session(page):
+    session = "\n".join(blocks("pycon", PAGES[page]))
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    test = doctest.DocTestParser().get_doctest(session, {}, page, page, 0)
+    results = doctest.DocTestRunner(optionflags=flags).run(test)
+    assert results.attempted > 0 and results.failed == 0
+
+
+def test_every_page_is_in_the_contents():
+    contents = set(re.findall(r"^(?:[^<\n]*<)?(\w+)>?$", PAGES["index"], re.MULTILINE))
+    assert set(PAGES) - {"index"} <= contents
+
+
+def test_every_fence_is_known():
+    """A code block in another language would not be run."""
+    known = {"python", "pycon", "console", "text", ""}
+    for page, text in PAGES.items():
+        fences = set(re.findall(r"^```(.*)$", text, re.MULTILINE))
+        assert {fence for fence in fences if not fence.startswith("{")} <= known, page
+
+
+def test_the_table_of_performance_is_what_was_recorded(monkeypatch):
+    """Medians of the runs: cuDNN's, the operator's, and those with a list of slots."""
+    monkeypatch.syspath_prepend(DOCS / "measurements")
+    from plot_operator import depth_ms, measurements
+
+    recorded = json.loads((DOCS / "measurements" / "h100_operator.json").read_text())
+    rate = max(run["copy_tb_per_s"] for run in recorded["runs"])
+    rows = measurements(recorded)
+    assert len(rows) == 10
+    for shape, times in rows.items():
+        (row,) = re.findall(
+            rf"^\| {', '.join(map(str, shape))} \|(.*)\|$", PAGES["performance"], re.M
+        )
+        told = [float(cell.split()[0]) for cell in row.split("|")]
+        keys = [(name, part) for name in ("moda", "moda, list") for part in ("forward", "backward")]
+        taken = [times["cuDNN", "forward"], times["cuDNN", "backward"], depth_ms(shape, rate)]
+        taken += [times[keys[i]] for i in (0, 2, 1, 3)]
+        assert told == pytest.approx(taken, rel=0.015), shape
 
 
 @pytest.mark.filterwarnings("ignore")
