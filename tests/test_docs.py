@@ -17,6 +17,8 @@ import sys
 import pytest
 import torch
 
+import moda_ops
+
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGES = {page.stem: page.read_text() for page in sorted(DOCS.glob("*.md"))}
 
@@ -62,6 +64,10 @@ def test_session(page):
 def test_every_page_is_in_the_contents():
     contents = set(re.findall(r"^(?:[^<\n]*<)?(\w+)>?$", PAGES["index"], re.MULTILINE))
     assert set(PAGES) - {"index"} <= contents
+
+
+def test_the_reference_has_every_public_name():
+    assert [x for x in moda_ops.__all__ if f":: moda_ops.{x}\n" not in PAGES["reference"]] == []
 
 
 def test_every_fence_is_known():
