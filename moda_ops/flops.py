@@ -214,8 +214,7 @@ def _register(flop_counter: ModuleType) -> None:
 class _Registration(MetaPathFinder):
     """Finds ``torch.utils.flop_counter`` as it would be found without, and registers after it."""
 
-    @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != FLOP_COUNTER:
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -233,4 +232,4 @@ class _Registration(MetaPathFinder):
 FLOP_COUNTER = "torch.utils.flop_counter"
 if FLOP_COUNTER in sys.modules:
     _register(sys.modules[FLOP_COUNTER])
-sys.meta_path.insert(0, _Registration)
+sys.meta_path.insert(0, _Registration())

@@ -1,5 +1,6 @@
 """FlopCounterMode on every operator, against closed forms and against the pairs themselves."""
 
+import importlib
 import subprocess
 import sys
 
@@ -156,3 +157,7 @@ def test_any_order_of_imports(imports):
         [sys.executable, "-c", path + imports + SCRIPT], capture_output=True, text=True
     )
     assert result.stdout.split() == [str(2 * 6 * 8)] * 2, result.stderr
+
+
+def test_import_caches_may_be_invalidated():
+    importlib.invalidate_caches()
