@@ -175,5 +175,6 @@ def test_only_marked_numbers_are_not_compared() -> None:
         return text
 
     assert sanitized("took   ~1,234.5 ms of 12 ms") == sanitized("took ~7 ms of 12 ms")
+    assert sanitized("by ~-0.5 bits") == sanitized("by   ~0.04 bits")
     assert sanitized("took ~7 ms of 12 ms") != sanitized("took ~7 ms of 13 ms")
     assert sanitized("device: CPU\n3") == sanitized("device: NVIDIA H100\n3")
