@@ -2,16 +2,27 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from moda_ops import cli
+from moda_ops import cli, from_authors, moda_attention, to_authors
 from moda_ops.bench import measure, report
-from moda_ops.bench.contenders import SWEEPS, Case, Contender, Inputs, Passes, contenders, moda
+from moda_ops.bench.contenders import (
+    SWEEPS,
+    Case,
+    Contender,
+    Inputs,
+    Passes,
+    authors,
+    contenders,
+    moda,
+)
 from moda_ops.bench.report import Limits
 
 CPU = torch.device("cpu")
@@ -31,9 +42,19 @@ def bent(change: Any, *, backward: bool = False) -> Any:
         right = moda()(x, case)
         if not backward:
             return right._replace(forward=lambda: change(right.forward()))
+        assert right.backward is not None
         return right._replace(backward=lambda: [change(g) for g in right.backward()])
 
     return prepare
+
+
+def folded(q: Any, k: Any, v: Any, cached_k: Any, cached_v: Any, **options: Any) -> Any:
+    """The authors' ``parallel_moda`` as they document it, by our operator."""
+    G = options["moda_group_num"]
+    arguments = from_authors(q, cached_k, cached_v, moda_group_num=G)
+    options = dict(scale=options["scale"], causal=options["is_causal"], return_lse=True)
+    result = moda_attention(arguments[0], k, v, *arguments[1:], **options)
+    return to_authors(*result, moda_group_num=G)[0]
 
 
 def test_a_run_writes_figures_and_plots(tmp_path: Path) -> None:
@@ -59,6 +80,20 @@ def test_every_contender_is_right(dtype: torch.dtype, causal: bool) -> None:
     for contender in contenders(CPU):
         checked = measure.check(contender, CASE._replace(causal=causal), dtype, CPU)
         assert 0 < checked.share <= 1, contender.name
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1, None), (1.01, "wrong: error 1.0e-02")])
+def test_the_authors_forward(
+    factor: float, status: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = ModuleType("fla.ops.moda")
+    package.parallel_moda = lambda *a, **options: factor * folded(*a, **options)  # type: ignore[attr-defined]
+    for name in ("fla", "fla.ops", "fla.ops.moda"):
+        monkeypatch.setitem(sys.modules, name, package)
+    contender = Contender("authors", True, True, authors, peer=True)
+    row = measure.measure(contender, CASE, torch.float32, CPU, 0.001)
+    assert row.get("status") == status
+    assert ("forward_ms" in row) == (status is None) and "backward_ms" not in row
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -93,7 +93,7 @@ class Passes(NamedTuple):
     """Forward returns out; backward the gradients of the inputs that take part, in their order."""
 
     forward: Call
-    backward: Call
+    backward: Call | None  # None: there is none
 
 
 class Contender(NamedTuple):
@@ -174,37 +174,23 @@ def flex(x: Inputs, case: Case) -> Passes:
 
 
 def authors(x: Inputs, case: Case) -> Passes:
-    """The authors' kernel (hustvl/MoDA) in its folded layout: rows (t, g), depth rows (t, l)."""
+    """The authors' kernel (hustvl/MoDA) in its folded layout: rows (t, g), depth rows (t, l).
+
+    Forward alone: its backward does not compile with Triton 3.6.
+    """
     from fla.ops.moda import parallel_moda
 
-    B, T, G, H, L, D, causal = case
-    q, dout = (y.view(B, T, H, G, D).transpose(2, 3).reshape(B, T * G, H, D) for y in (x.q, x.dout))
-    leaves = [y.detach().requires_grad_() for y in (q, *x[1:3], *(y.flatten(1, 2) for y in x[3:5]))]
+    B, T, G, H, _, D, causal = case
+    q = x.q.view(B, T, H, G, D).transpose(2, 3).reshape(B, T * G, H, D)
+    k_depth, v_depth = x.k_depth.flatten(1, 2), x.v_depth.flatten(1, 2)
+    options = dict(scale=D**-0.5, moda_group_num=G, is_causal=causal)
 
     def forward() -> Tensor:
-        q, k, v, k_depth, v_depth = leaves
-        out: Any = parallel_moda(
-            q,
-            k,
-            v,
-            cached_k=k_depth,
-            cached_v=v_depth,
-            scale=D**-0.5,
-            moda_group_num=G,
-            is_causal=causal,
-        )
-        return out[0] if isinstance(out, tuple) else out
+        out: Any = parallel_moda(q, x.k, x.v, cached_k=k_depth, cached_v=v_depth, **options)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.view(B, T, G, H, D).transpose(2, 3).reshape(B, T, G * H, D)
 
-    def unfolded(y: Tensor) -> Tensor:
-        return y.view(B, T, G, H, D).transpose(2, 3).reshape(B, T, G * H, D)
-
-    out = forward()
-
-    def backward() -> list[Tensor]:
-        dq, dk, dv, *slots = torch.autograd.grad(out, leaves, dout, retain_graph=True)
-        return [unfolded(dq), dk, dv, *(y.view(B, T, L, H, D) for y in slots)]
-
-    return Passes(lambda: unfolded(forward()), backward)
+    return Passes(forward, None)
 
 
 def contenders(device: torch.device) -> list[Contender]:

@@ -39,7 +39,7 @@ def check(contender: Contender, case: Case, dtype: torch.dtype, device: torch.de
     dout = torch.zeros_like(x.dout)
     dout[:, last] = x.dout[:, last]
     passes = contender.prepare(x._replace(dout=dout), case)
-    actual = _named(contender, passes.forward(), passes.backward())
+    actual = _named(contender, passes.forward(), passes.backward and passes.backward())
 
     def reference(dtype: torch.dtype) -> dict[str, Tensor]:
         q, dq = x.q[:, last].to(dtype), x.dout[:, last].to(dtype)
@@ -65,8 +65,10 @@ def check(contender: Contender, case: Case, dtype: torch.dtype, device: torch.de
     return Check(worst, max(shares, key=lambda s: (s != s, s)))
 
 
-def _named(contender: Contender, out: Tensor, grads: Iterable[Tensor]) -> dict[str, Tensor]:
+def _named(contender: Contender, out: Tensor, grads: Iterable[Tensor] | None) -> dict[str, Tensor]:
     """Results by their names, gradients of depth packed."""
+    if grads is None:
+        return dict(out=out)
     dq, *rest = grads
     results = dict(out=out, dq=dq)
     if contender.sequence:
@@ -148,7 +150,8 @@ def measure(
             inputs.append(Inputs.random(case, dtype, device, seed=len(inputs)))
         prepared = [contender.prepare(x, case) for x in inputs]
         row["forward_ms"] = median_ms([p.forward for p in prepared], device, seconds)
-        row["backward_ms"] = median_ms([p.backward for p in prepared], device, seconds)
+        if backwards := [p.backward for p in prepared if p.backward]:
+            row["backward_ms"] = median_ms(backwards, device, seconds)
     except torch.OutOfMemoryError:
         row["status"] = "out of memory"
     except Exception as error:  # a peer that fails must not end the run
