@@ -40,6 +40,7 @@ SIZES: dict[str, int] = (
     else dict(layers=3, width=64, heads=4, kv_heads=2, head_dim=16, hidden=128, vocab_size=97)
 )
 DEPTHS = ("residual", "kv+ffn")  # the first is what the others are compared with
+MODES = ("eager", "compiled")
 COLUMNS = {  # name in a row: heading and format of the table
     "depth": ("depth", ""),
     "batch": ("batch", ""),
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", type=int, default=[512, 1024] if CUDA else [16])
     parser.add_argument("--new-tokens", type=int, default=128 if CUDA else 8, help="at least 2")
     parser.add_argument("--runs", type=int, default=5 if CUDA else 3, help="timed runs of a row")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--seconds", type=float, default=1e9, help="no new row after this time")
     for name, size in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
@@ -167,7 +169,7 @@ def main() -> None:
     rows: list[Row] = []
     for batch in arguments.batches:
         for prompt in arguments.prompts:
-            for compiled in (False, True):
+            for compiled in (mode == "compiled" for mode in arguments.modes):
                 baseline: Row | None = None
                 for depth in DEPTHS:
                     if time.perf_counter() - start > arguments.seconds:
