@@ -25,6 +25,14 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
+def memory_is_handed_back():
+    """Test processes side by side share one GPU, and PyTorch keeps what a large test has taken."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def uninitialized_memory_is_nan():
     """Results that are allocated and never written show as NaN."""
     torch.use_deterministic_algorithms(True)

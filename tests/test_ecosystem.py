@@ -174,13 +174,13 @@ def stream_results(x):
 
 
 @pytest.mark.parametrize("name", ["attention", "attention_backward", "decode"])
-def test_kernels_are_accepted(name, monkeypatch):
+def test_kernels_are_accepted(name, device, monkeypatch):
     """Through Triton's interpreter where there is no GPU."""
     import moda_kernels
 
     for module in (ops, decode):
         monkeypatch.setattr(module, "implementation", lambda q: moda_kernels)
-    assert_reproducible(make_call(name), 3)
+    assert_reproducible(make_call(name, device=device), 3)
 
 
 OPERATORS = [*DIFFERENTIABLE, *BACKWARD, "decode"]

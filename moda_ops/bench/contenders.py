@@ -90,7 +90,8 @@ class Inputs(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """Forward returns out; backward the gradients of the inputs that take part, in their order."""
+    """Forward returns out, its heads perhaps as (H, G), which need not lie side by side; backward
+    the gradients of the inputs that take part, in their order."""
 
     forward: Call
     backward: Call | None  # None: there is none
@@ -148,6 +149,7 @@ def library(name: str) -> Any:
 
 def flex(x: Inputs, case: Case) -> Passes:
     """FlexAttention over the concatenated keys [sequence | depth]."""
+    from torch._functorch import config as functorch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T, L = case.T, case.L
@@ -169,7 +171,8 @@ def flex(x: Inputs, case: Case) -> Passes:
         out = attention(q.transpose(1, 2), keys, values, block_mask=blocks, enable_gqa=case.G > 1)
         return out.transpose(1, 2)
 
-    out = forward()
+    with functorch.patch(donated_buffer=False):  # they would serve one backward
+        out = forward()
     return Passes(forward, lambda: torch.autograd.grad(out, leaves, x.dout, retain_graph=True))
 
 
@@ -188,7 +191,7 @@ def authors(x: Inputs, case: Case) -> Passes:
     def forward() -> Tensor:
         out: Any = parallel_moda(q, x.k, x.v, cached_k=k_depth, cached_v=v_depth, **options)
         out = out[0] if isinstance(out, tuple) else out
-        return out.view(B, T, G, H, D).transpose(2, 3).reshape(B, T, G * H, D)
+        return out.view(B, T, G, H, D).transpose(2, 3)
 
     return Passes(forward, None)
 

@@ -67,10 +67,11 @@ def check(contender: Contender, case: Case, dtype: torch.dtype, device: torch.de
 
 def _named(contender: Contender, out: Tensor, grads: Iterable[Tensor] | None) -> dict[str, Tensor]:
     """Results by their names, gradients of depth packed."""
+    results = dict(out=out.flatten(2, -2))
     if grads is None:
-        return dict(out=out)
+        return results
     dq, *rest = grads
-    results = dict(out=out, dq=dq)
+    results["dq"] = dq
     if contender.sequence:
         results["dk"], results["dv"], *rest = rest
     if contender.depth and rest[0].dim() == 4:
@@ -108,13 +109,15 @@ def median_ms(calls: list[Call], device: torch.device, seconds: float) -> float:
 
 
 def _captured(call: Call) -> Call:
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():  # which cannot be captured
+        stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()  # compiles, and builds what a library builds on a first call
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         call()
     return graph.replay
 
@@ -136,22 +139,24 @@ def measure(
         depth=contender.depth,
         **case._asdict(),
     )
+    # One stream for all of it: autograd runs a backward on the stream of its forward, which has to be
+    # the one that is captured.
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     try:
-        checked = check(contender, case, dtype, device)
-        row |= checked._asdict()
-        if not checked.share <= 1:
-            return row | dict(status=f"wrong: error {checked.error:.1e}")
-        release(device)
-        cache = (
-            torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-        )
-        inputs = [Inputs.random(case, dtype, device, seed=0)]
-        while sum(x.nbytes for x in inputs) <= 2 * cache:
-            inputs.append(Inputs.random(case, dtype, device, seed=len(inputs)))
-        prepared = [contender.prepare(x, case) for x in inputs]
-        row["forward_ms"] = median_ms([p.forward for p in prepared], device, seconds)
-        if backwards := [p.backward for p in prepared if p.backward]:
-            row["backward_ms"] = median_ms(backwards, device, seconds)
+        with torch.cuda.stream(stream):
+            checked = check(contender, case, dtype, device)
+            row |= checked._asdict()
+            if not checked.share <= 1:
+                return row | dict(status=f"wrong: error {checked.error:.1e}")
+            release(device)
+            cache = torch.cuda.get_device_properties(device).L2_cache_size if stream else 0
+            inputs = [Inputs.random(case, dtype, device, seed=0)]
+            while sum(x.nbytes for x in inputs) <= 2 * cache:
+                inputs.append(Inputs.random(case, dtype, device, seed=len(inputs)))
+            prepared = [contender.prepare(x, case) for x in inputs]
+            row["forward_ms"] = median_ms([p.forward for p in prepared], device, seconds)
+            if backwards := [p.backward for p in prepared if p.backward]:
+                row["backward_ms"] = median_ms(backwards, device, seconds)
     except torch.OutOfMemoryError:
         row["status"] = "out of memory"
     except Exception as error:  # a peer that fails must not end the run
