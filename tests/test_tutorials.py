@@ -162,6 +162,10 @@ def test_figures_are_recorded_only_when_asked_for(
     assert figures["ms"] == 1.5 and figures["command"] == "MODA_RECORD=1 python 03_x.py"
     assert {"device", "torch", "python"} <= set(figures)
     assert measure.recorded("03") == []  # of this notebook alone
+    figures = dict(device="X1", torch="9", triton="8", command="c")
+    assert measure.origin(figures) == "X1, torch 9, triton 8, c"
+    del figures["triton"]
+    assert measure.origin(figures) == "X1, torch 9, c"
 
 
 def test_only_marked_numbers_are_not_compared() -> None:

@@ -62,3 +62,9 @@ def recorded(notebook: str) -> list[dict[str, Any]]:
     """What was recorded for a notebook, one entry a machine."""
     paths = sorted(FOLDER.glob(f"{notebook}-*.json"))
     return [json.loads(path.read_text()) for path in paths]
+
+
+def origin(figures: dict[str, Any]) -> str:
+    """Of recorded figures: device, versions and command."""
+    versions = [f"{x} {figures[x]}" for x in ("torch", "triton") if x in figures]
+    return ", ".join([figures["device"], *versions, figures["command"]])
