@@ -139,8 +139,8 @@ def measure(
         depth=contender.depth,
         **case._asdict(),
     )
-    # One stream for all of it: autograd runs a backward on the stream of its forward, which has to be
-    # the one that is captured.
+    # One stream for all of it: autograd runs a backward on the stream of its forward, and that one
+    # has to be captured.
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     try:
         with torch.cuda.stream(stream):
