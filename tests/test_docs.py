@@ -78,18 +78,18 @@ def test_every_fence_is_known():
         assert {fence for fence in fences if not fence.startswith("{")} <= known, page
 
 
-def test_the_table_of_performance_is_what_was_recorded():
+@pytest.mark.parametrize(("section", "gpu"), [("Where it stands", "h100"), ("On an H200", "h200")])
+def test_tables_of_performance_are_what_was_recorded(section, gpu):
     """Medians of the runs: cuDNN's, the operator's, and those with a list of slots."""
+    text = PAGES["performance"].split(f"## {section}\n")[1].split("\n## ")[0]
     plot = runpy.run_path(str(DOCS / "measurements" / "plot_operator.py"))
     depth_ms, measurements = plot["depth_ms"], plot["measurements"]
-    recorded = json.loads((DOCS / "measurements" / "h100_operator.json").read_text())
+    recorded = json.loads((DOCS / "measurements" / f"{gpu}_operator.json").read_text())
     rate = max(run["copy_tb_per_s"] for run in recorded["runs"])
     rows = measurements(recorded)
     assert len(rows) == 10
     for shape, times in rows.items():
-        (row,) = re.findall(
-            rf"^\| {', '.join(map(str, shape))} \|(.*)\|$", PAGES["performance"], re.M
-        )
+        (row,) = re.findall(rf"^\| {', '.join(map(str, shape))} \|(.*)\|$", text, re.M)
         told = [float(cell.split()[0]) for cell in row.split("|")]
         keys = [(name, part) for name in ("moda", "moda, list") for part in ("forward", "backward")]
         taken = [times["cuDNN", "forward"], times["cuDNN", "backward"], depth_ms(shape, rate)]
