@@ -287,9 +287,9 @@ def check_stream(buffer: Tensor, token: Tensor) -> None:
         raise ValueError(f"buffer must be contiguous, got strides {tuple(buffer.stride())}")
 
 
-def slots_left(token: Tensor, places: Sequence[int] | None) -> int:
-    """How many slots are there, where ``places`` is -1 for a dropped row of the token."""
-    return token.shape[0] if places is None else sum(1 for place in places if place >= 0)
+def slots_left(written: int, places: Sequence[int] | None) -> int:
+    """How many of the written slots are there, where ``places`` is -1 for a dropped one."""
+    return written if places is None else sum(1 for place in places if place >= 0)
 
 
 def check_stream_write(

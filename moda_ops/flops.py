@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moda_ops.checks import slots_left
+
 
 def visible_pairs(
     T: int, S: int, left: int | None, right: int | None, first: int | None = None
@@ -163,9 +165,8 @@ def _stream_pairs(
 ) -> int:
     (B, T), right = q.shape[:2], 0 if causal else window_right
     written: Any = slots if token is None else token.shape[0]  # backward has the number itself
-    if places is not None:
-        written = sum(place >= 0 for place in places)
-    depth, S = (written - 1, T) if k is None else (written, k.shape[1])
+    left = slots_left(written, places)
+    depth, S = (left - 1, T) if k is None else (left, k.shape[1])
     documents: Iterator[tuple[int, int]] = iter([(T, S)] * B)
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         documents = _documents((cu_seqlens_q, cu_seqlens_k), T, S)

@@ -17,7 +17,7 @@ from moda_ops.attention import (
     moda_attention,
     window_sides,
 )
-from moda_ops.checks import Plan
+from moda_ops.checks import Plan, slots_left
 from moda_ops.depth_attention import moda_depth_attention
 from moda_ops.varlen import moda_attention_varlen
 
@@ -129,9 +129,8 @@ class DepthStream(NamedTuple):
     @property
     def written(self) -> int:
         """How many slots are written, and not dropped."""
-        if self.places is None:
-            return self.token.shape[0]
-        return sum(1 for place in self.places[:-1] if place >= 0)
+        places = None if self.places is None else self.places[:-1]
+        return slots_left(self.token.shape[0], places)
 
     def keep(self, slots: Sequence[int]) -> "DepthStream":
         """The stream without all other slots, in training and in inference.

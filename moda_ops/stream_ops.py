@@ -273,7 +273,7 @@ def _attention_fake(
     B, T, HQ, D = q.shape
     out = q.new_empty(B, T, HQ, buffer.shape[-1] - D)
     lse = q.new_empty(B, HQ, T, dtype=ops.lse_dtype(q))
-    return out, lse, _token(token, slots_left(token, places))
+    return out, lse, _token(token, slots_left(token.shape[0], places))
 
 
 def _attention_setup_context(
@@ -427,7 +427,7 @@ def _check_attention_backward(
     check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, places, options)
     check_backward(dout, dlse, out, lse, q, buffer[..., q.shape[-1] :], ops.lse_dtype(q))
     if dtoken is not None:
-        shape = slots_left(token, places), *token.shape[1:]
+        shape = slots_left(token.shape[0], places), *token.shape[1:]
         check_like("dtoken", dtoken, shape, "(slots, B, T, H, D + DV)", grad_dtype, q.device)
 
 
