@@ -123,23 +123,29 @@ def run(
 def table(results: dict[str, list[float]]) -> list[str]:
     """One line per kind: mean and spread over seeds, and both of the difference to the first.
 
+    A single seed has no spread.
+
     Example:
         >>> print("\\n".join(table({"residual": [90.0, 92.0], "kv": [93.0, 93.0]})))
         depth       accuracy (%)  minus residual
         residual    91.00 +- 1.41
         kv          93.00 +- 0.00  2.00 +- 1.41
+        >>> print("\\n".join(table({"residual": [90.0], "kv": [93.0]})))
+        depth       accuracy (%)  minus residual
+        residual    90.00
+        kv          93.00         3.00
     """
 
     def spread(values: list[float]) -> str:
-        deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-        return f"{statistics.fmean(values):.2f} +- {deviation:.2f}"
+        mean = f"{statistics.fmean(values):.2f}"
+        return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
     first, *_ = results
     lines = [f"depth       accuracy (%)  minus {first}"]
     for depth, values in results.items():
-        line = f"{depth:<11} {spread(values)}"
+        line = f"{depth:<11} {spread(values):<13}"
         if depth != first:
             pairs = zip(values, results[first], strict=True)
             line += f"  {spread([x - y for x, y in pairs])}"
-        lines.append(line)
+        lines.append(line.rstrip())
     return lines
