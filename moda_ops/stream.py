@@ -139,7 +139,8 @@ class DepthStream(NamedTuple):
         that is what a layer costs, in time and in gradients that are alive, however many layers
         were before it. The buffer itself still holds what the dropped slots' readers need in
         backward. Equally spaced slots, such as the most recent ones, are read as one packed tensor,
-        others as a list.
+        others as a list. Where the newest slot is dropped, ``attend`` wants another one written
+        first, or k and v.
 
         Args:
             slots: which of the ``written`` slots stay, counted from the oldest one that is there,
@@ -384,7 +385,8 @@ class DepthSlots(NamedTuple):
         """The stream without all other slots; see :meth:`DepthStream.keep`.
 
         A dropped slot is freed with the last that refers to it: at once, or, in training, when
-        backward has passed the layers that read it.
+        backward has passed the layers that read it. Where the newest slot is dropped, the newest of
+        the others is the sequence that ``attend`` takes.
         """
         check_kept(slots, self.written)
         return DepthSlots(tuple(self.k[i] for i in slots), tuple(self.v[i] for i in slots))

@@ -242,6 +242,14 @@ def test_misuse(misuse, error, message, kind):
     assert str(caught.value) == message
 
 
+def test_a_list_without_its_newest_slot_attends_to_the_newest_that_is_left():
+    x, stream = random_input(), DepthSlots()
+    for i in range(3):
+        stream = stream.write(*parts(x, i)[1:])
+    q, shorter = parts(x, 2)[0], DepthSlots(stream.k[:2], stream.v[:2])
+    assert torch.equal(stream.keep([0, 1]).attend(q)[0], shorter.attend(q)[0])
+
+
 def test_errors_of_the_operators():
     x = random_input()
     stream = allocate(4).write(*parts(x, 0)[1:]).write(*parts(x, 1)[1:])
