@@ -191,7 +191,7 @@ def authors(x: Inputs, case: Case) -> Passes:
     def forward() -> Tensor:
         out: Any = parallel_moda(q, x.k, x.v, cached_k=k_depth, cached_v=v_depth, **options)
         out = out[0] if isinstance(out, tuple) else out
-        return out.view(B, T, G, H, D).transpose(2, 3)
+        return out.view(B, T, G, H, D).transpose(2, 3)  # from_authors would copy, and be timed
 
     return Passes(forward, None)
 
