@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -120,6 +123,55 @@ def test_a_wrong_row_fails_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert "failed: RuntimeError: no such kernel" in "\n".join(lines)
         assert "and more" not in "\n".join(lines)
         assert ("wrong: error 1.0e-03" in "\n".join(lines)) == (wrong in entrants)
+
+
+FAMILY = Path(__file__).parent / "benchmarks" / "family.py"
+
+
+def test_the_family_runs(tmp_path: Path) -> None:
+    written = tmp_path / "family.json"
+    command = [sys.executable, str(FAMILY), "--json", str(written)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(written.read_text())
+    for section in ("varlen", "window", "decode", "chunk"):
+        assert f"\n{section}\n" in result.stdout
+        assert all(0 < row["error"] < 0.02 for row in record[section])
+    assert [row["chunk_size"] for row in record["chunk"]] == [1, 4, 16, 64]
+
+
+@pytest.mark.parametrize("name", ["chunk_attention", "chunk_attention_backward"])
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_a_wrong_chunk_is_not_timed(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of one token less or more."""
+    family = runpy.run_path(str(FAMILY))
+    operator = getattr(torch.ops.moda, name)
+    (q, k, v), depth = family["inputs"](64, 1)
+    x = [q, k, v, *depth]
+    family["check_chunks"](x, *torch.ops.moda.chunk_attention(*x, chunk_size=size), size)
+
+    def other(*arguments: Any, chunk_size: int) -> Any:
+        return operator(*arguments, chunk_size=chunk_size - 1 if chunk_size > 1 else 2)
+
+    monkeypatch.setattr(torch.ops.moda, name, other)
+    with pytest.raises(AssertionError, match=f"chunk size {size}: errors"):
+        family["check_chunks"](x, *torch.ops.moda.chunk_attention(*x, chunk_size=size), size)
+
+
+@pytest.mark.parametrize("tokens", [64, 200])
+@pytest.mark.parametrize("size", [1, 5, 64, 300])
+def test_depth_of_a_tile(tokens: int, size: int) -> None:
+    """The chunks' depth keys that a forward tile visits, counted one by one."""
+    family = runpy.run_path(str(FAMILY))
+    tile, L = family["forward_tile"](tokens, size), family["L"]
+    visited = []
+    for first in range(0, tokens, tile["tile_tokens"]):
+        own = range(first, min(first + tile["tile_tokens"], tokens))
+        visited.append(
+            len({s for t in own for s in range(t + 1) if s // size == t // size or s in own})
+        )
+    assert tile["tile_depth"] == sum(visited) / len(visited) * L
 
 
 def test_inputs_take_turns() -> None:

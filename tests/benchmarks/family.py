@@ -1,22 +1,29 @@
-"""Packed documents, windows and decoding, each beside what it should cost.
+"""Packed documents, windows, decoding and chunks, each beside what it should cost.
 
-    python tests/benchmarks/family.py [--json FILE] [--only varlen window decode]
+    python tests/benchmarks/family.py [--json FILE] [--only varlen window decode chunk]
 
 varlen   documents of equal lengths beside the same as a batch of the dense operator: time per token
          as a ratio. A skewed mix of lengths beside the sum of its documents' own times.
 window   forward and backward by the window's width, beside no window.
 decode   one new token per sequence, beside the time to read the cache once at the rate of a large
          copy; of at least eight such calls in one graph, as the layers of a model.
+chunk    depth shared within chunks, by their size, beside the dense operator at the same shape.
+         tile_tokens is how many tokens a tile of the forward has, tile_keys how many keys of the
+         sequence it visits on average, and tile_depth how many depth keys: those of its own tokens
+         and of the earlier ones in the first one's chunk. All are multiplied with all of the tile's
+         rows, so that the forward should grow as tile_keys + tile_depth; but at size 1, as in the
+         dense operator, depth keys are multiplied with their own token's rows alone.
 
-Every row is compared with float64 (of the last rows and keys where that is large) before it is
-timed. Times are medians in milliseconds, on a GPU of CUDA graphs, of inputs that exceed its L2
-cache. On a CPU the sizes are tiny and the times mean nothing.
+Every row is compared with float64 (of the last rows and keys where that is large; of chunks, with
+all gradients) before it is timed. Times are medians in milliseconds, on a GPU of CUDA graphs, of
+inputs that exceed its L2 cache. On a CPU the sizes are tiny and the times mean nothing.
 """
 
 import argparse
 import itertools
 import json
 import pathlib
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -123,6 +130,57 @@ def window() -> list[Row]:
     return [dict(tokens=tokens, window=width) | dense(1, tokens, width) for width in widths]
 
 
+def check_chunks(x: list[Any], out: Tensor, lse: Tensor, size: int) -> float:
+    """Largest error of a result, both passes, of the chunks of the last tokens, all (1, T, ..)."""
+    first = max(out.shape[1] - CHECKED, 0) // size * size  # a chunk's first token
+    dout = torch.zeros_like(out)
+    dout[:, first:] = randn(*out[:, first:].shape)
+    grads = torch.ops.moda.chunk_attention_backward(dout, None, *x, out, lse, chunk_size=size)
+
+    q, k, v, (k_depth,), (v_depth,) = x
+    q, dout, k_depth, v_depth = (y[:, first:].double() for y in (q, dout, k_depth, v_depth))
+    inputs64 = q, k.double(), v.double(), [k_depth], [v_depth]
+    options = size, D**-0.5, None, None
+    exact_out, exact_lse = eager.chunk_attention(*inputs64, *options)
+    exact = eager.chunk_attention_backward(dout, None, *inputs64, exact_out, exact_lse, *options)
+
+    dq, dk, dv, (dk_depth,), (dv_depth,) = grads
+    results = [out[:, first:], dq[:, first:], dk, dv, dk_depth[:, first:], dv_depth[:, first:]]
+    expected = [exact_out, *exact[:3], *exact[3], *exact[4]]
+    errors = [
+        ((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=True)
+    ]
+    if not all(error < WORST for error in errors):
+        raise AssertionError(f"chunk size {size}: errors {errors}")
+    return max(errors)
+
+
+def forward_tile(tokens: int, size: int) -> dict[str, int | float]:
+    """What a tile of the forward visits, on average over tiles."""
+    from moda_kernels import tuning
+
+    tile = tuning.forward_tile(DEVICE, DTYPE, G, D, D, packed=True).BLOCK_M // G
+    firsts = range(0, tokens, tile)
+    ends = [min(first + tile, tokens) for first in firsts]
+    seen = [end - first // size * size for first, end in zip(firsts, ends, strict=True)]
+    mean = statistics.fmean
+    return dict(tile_tokens=tile, tile_keys=mean(ends), tile_depth=mean(seen) * L)
+
+
+def chunk() -> list[Row]:
+    tokens, rows = 4096 if CUDA else 64, []
+    beside = dense(1, tokens)
+    for size in (1, 4, 16, 64):
+        sequence, depth = inputs(tokens, 1)
+        x, options = [*sequence, *depth], dict(chunk_size=size)
+        out, lse = torch.ops.moda.chunk_attention(*x, **options)
+        error = check_chunks(x, out, lse, size)
+        row = passes("chunk_attention", x, out, lse, **options) | dict(error=error)
+        row |= ratios(row, beside) | forward_tile(tokens, size)
+        rows.append(dict(tokens=tokens, chunk_size=size) | row)
+    return rows
+
+
 def decoding(batch: int, length: int, *, paged: bool) -> tuple[Callable[[], Any], int, float]:
     """A step that makes contexts ``length`` long, the bytes that it must read, and its error."""
     (q, k_new, v_new), depth = inputs(1, batch)
@@ -163,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    sections = dict(varlen=varlen, window=window, decode=decode)
+    sections = dict(varlen=varlen, window=window, decode=decode, chunk=chunk)
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--only", nargs="+", choices=list(sections), default=list(sections))
     arguments = parser.parse_args()
