@@ -125,20 +125,41 @@ def test_a_wrong_row_fails_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert ("wrong: error 1.0e-03" in "\n".join(lines)) == (wrong in entrants)
 
 
-FAMILY = Path(__file__).parent / "benchmarks" / "family.py"
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+FAMILY = BENCHMARKS / "family.py"
+
+
+def run_script(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_the_family_runs(tmp_path: Path) -> None:
     written = tmp_path / "family.json"
-    command = [sys.executable, str(FAMILY), "--json", str(written)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = run_script(FAMILY, "--json", str(written))
     assert result.returncode == 0, result.stderr
     record = json.loads(written.read_text())
     for section in ("varlen", "window", "decode", "chunk"):
         assert f"\n{section}\n" in result.stdout
         assert all(0 < row["error"] < 0.02 for row in record[section])
     assert [row["chunk_size"] for row in record["chunk"]] == [1, 4, 16, 64]
+
+
+def test_generation_is_timed(tmp_path: Path) -> None:
+    script, written = BENCHMARKS / "generate.py", tmp_path / "generate.json"
+    options = "--batches", "3", "--modes", "eager", "--layers", "1"
+    result = run_script(script, *options, "--jobs", "4", "--json", str(written))
+    assert (result.returncode, result.stderr) == (0, "")
+    rows = json.loads(written.read_text())["rows"]
+    assert [row["depth"] for row in rows] == ["residual", "kv+ffn"]
+    assert [row["batch"] for row in rows] == [3, 3] and rows[0]["step_ratio"] == 1
+    assert all(f"{row['prefill_ms']:.2f}" in result.stdout for row in rows)
+
+    result = run_script(script, *options, "--seconds", "0")
+    assert result.returncode == 0 and result.stdout.endswith("\n0 seconds are over\n")
+    result = run_script(script, *options, "--prompts", "0")
+    assert result.returncode == 1 and result.stderr.endswith("a process has failed, see above\n")
 
 
 @pytest.mark.parametrize("name", ["chunk_attention", "chunk_attention_backward"])

@@ -7,19 +7,27 @@ GPU. Prompts of one length, then greedy tokens; eager, and with the decoding ste
 a CUDA graph). Prefill is the time of one new token; a step is the time of the others divided by
 their number. Times are medians, after a first call that compiles.
 
-First each model is checked in float32: every token must be the full forward's choice at its place,
-or as probable as that up to rounding.
+First each model is checked in float32, eager, and compiled if that is timed: every token must be
+the full forward's choice at its place, or as probable as that up to rounding.
+
+Compiling 24 layers takes the host up to a minute for each dtype, depth and batch, and the rest
+seconds. So checks and rows are processes, of which several (--jobs) get ready at the same time:
+what is checked is checked, what is compiled is compiled. When all are, each row is timed while the
+other processes wait. "first s" is the first call's time, beside the others'.
 """
 
 import argparse
-import gc
+import itertools
 import json
+import multiprocessing
+import os
 import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -57,6 +65,61 @@ COLUMNS = {  # name in a row: heading and format of the table
 Row = dict[str, Any]
 
 
+class Task:
+    """``function(ready, *arguments)`` in a process of its own, which stops at ``ready()``."""
+
+    def __init__(self, function: Callable[..., Row], *arguments: object) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, function, arguments))
+        self.process.start()
+        other.close()  # so that the pipe ends when the process does
+
+    def receive(self, deadline: float) -> Row:
+        """What it sends next: first that it is ready, at last its result."""
+        if not self.pipe.poll(max(deadline - time.perf_counter(), 0)):
+            raise TimeoutError
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise SystemExit("a process has failed, see above") from None
+
+    def go_on(self) -> None:
+        self.pipe.send(None)
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.join()
+
+
+def serve(pipe: Connection, function: Callable[..., Row], arguments: tuple[Any, ...]) -> None:
+    def ready() -> None:
+        pipe.send({})
+        pipe.recv()
+
+    prepare_compilers()
+    pipe.send(function(ready, *arguments))
+
+
+def results(tasks: list[tuple[Any, ...]], jobs: int, deadline: float) -> Iterator[Row]:
+    """Of each task, so many of which get ready at the same time; TimeoutError at the deadline."""
+    for start in range(0, len(tasks), jobs):
+        if time.perf_counter() > deadline:
+            raise TimeoutError
+        started = [Task(*task) for task in tasks[start : start + jobs]]
+        try:
+            for task in started:
+                task.receive(deadline)
+            for task in started:
+                task.go_on()
+                result = task.receive(deadline)
+                task.process.join()  # its end keeps a core busy for a second
+                yield result
+        finally:
+            for task in started:
+                task.end()
+
+
 def make_model(config: MoDAConfig, dtype: torch.dtype) -> MoDALanguageModel:
     torch.manual_seed(0)
     with DEVICE:
@@ -72,20 +135,23 @@ def make_prompts(batch: int, length: int, vocab_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def check(config: MoDAConfig, prompt: int, new_tokens: int) -> None:
+def check(
+    ready: Callable[[], None], config: MoDAConfig, prompt: int, new_tokens: int, modes: list[str]
+) -> Row:
     """Greedy tokens against one full forward over each whole text, float32."""
     model = make_model(config, torch.float32)
     longest = make_prompts(2, prompt, config.vocab_size)
     prompts = [longest[0], longest[1, : prompt // 2]]
-    for compiled in (False, True):
-        for text, new in zip(
-            prompts, generate(model, prompts, new_tokens, compile=compiled), strict=True
-        ):
+    for compiled in sorted({False, "compiled" in modes}):
+        texts = generate(model, prompts, new_tokens, compile=compiled, progress=False)
+        for text, new in zip(prompts, texts, strict=True):
             logits = model(torch.cat((text, new))[None])[0, len(text) - 1 : -1]
             short = logits.amax(-1) - logits.gather(-1, new[:, None])[:, 0]
             rounding = 1e-4 * logits.abs().max()
             if (short > rounding).any():
                 raise SystemExit(f"wrong tokens: depth {config.depth}, compile {compiled}")
+    ready()
+    return {}
 
 
 def median_ms(run: Callable[[], object], runs: int) -> float:
@@ -98,13 +164,13 @@ def median_ms(run: Callable[[], object], runs: int) -> float:
 
 
 def measure(
-    config: MoDAConfig, batch: int, prompt: int, compiled: bool, arguments: argparse.Namespace
+    ready: Callable[[], None],
+    config: MoDAConfig,
+    batch: int,
+    prompt: int,
+    compiled: bool,
+    arguments: argparse.Namespace,
 ) -> Row:
-    torch._dynamo.reset()
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     model = make_model(config, torch.bfloat16 if CUDA else torch.float32)
     prompts, new_tokens = make_prompts(batch, prompt, config.vocab_size), arguments.new_tokens
 
@@ -112,6 +178,7 @@ def measure(
         return lambda: generate(model, prompts, tokens, compile=compiled, progress=False)
 
     first_call = median_ms(run(new_tokens), 1)
+    ready()
     run(new_tokens)()
     prefill, whole = median_ms(run(1), arguments.runs), median_ms(run(new_tokens), arguments.runs)
     step = (whole - prefill) / (new_tokens - 1)
@@ -143,12 +210,15 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128 if CUDA else 8, help="at least 2")
     parser.add_argument("--runs", type=int, default=5 if CUDA else 3, help="timed runs of a row")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--seconds", type=float, default=1e9, help="no new row after this time")
+    parser.add_argument("--seconds", type=float, default=1e6, help="stop after this time")
+    jobs = 6 if CUDA else 1
+    parser.add_argument("--jobs", type=int, default=jobs, help="that get ready at the same time")
     for name, size in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
     arguments = parser.parse_args()
-    start = time.perf_counter()
-    prepare_compilers()
+    deadline = time.perf_counter() + arguments.seconds
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     config = MoDAConfig(**{name: getattr(arguments, name) for name in SIZES})
     head: Row = dict(
         device=torch.cuda.get_device_name() if CUDA else "cpu",
@@ -162,32 +232,39 @@ def main() -> None:
 
         head["triton"] = triton.__version__
     print(*(f"{name} {value}" for name, value in head.items()), sep=", ")
-    for depth in DEPTHS:
-        check(replace(config, depth=depth), min(arguments.prompts), 16 if CUDA else 4)
-    print("greedy tokens are those of the full forward, eager and compiled")
+    configs = {depth: replace(config, depth=depth) for depth in DEPTHS}
+    prompt, new_tokens = min(arguments.prompts), 16 if CUDA else 4
+    checks = [(check, c, prompt, new_tokens, arguments.modes) for c in configs.values()]
+    cases = itertools.product(arguments.batches, arguments.prompts, arguments.modes, DEPTHS)
+    rows = [
+        (measure, configs[depth], batch, prompt, mode == "compiled", arguments)
+        for batch, prompt, mode, depth in cases
+    ]
+    try:
+        report(head, results([*checks, *rows], arguments.jobs, deadline), arguments.json)
+    except TimeoutError:
+        print(f"{arguments.seconds:.0f} seconds are over")
+
+
+def report(head: Row, found: Iterator[Row], written: pathlib.Path | None) -> None:
+    """Print rows as they come, each beside the last one of the first depth."""
+    for _ in DEPTHS:
+        next(found)
+    print("greedy tokens are those of the full forward")
     print(line(heading for heading, _ in COLUMNS.values()), flush=True)
     rows: list[Row] = []
-    for batch in arguments.batches:
-        for prompt in arguments.prompts:
-            for compiled in (mode == "compiled" for mode in arguments.modes):
-                baseline: Row | None = None
-                for depth in DEPTHS:
-                    if time.perf_counter() - start > arguments.seconds:
-                        print(f"{arguments.seconds:.0f} seconds are over")
-                        return
-                    row = measure(replace(config, depth=depth), batch, prompt, compiled, arguments)
-                    baseline = baseline or row
-                    for part in ("prefill", "step"):
-                        row[f"{part}_ratio"] = row[f"{part}_ms"] / baseline[f"{part}_ms"]
-                    rows.append(row)
-                    values = (
-                        format(row[name], form) if name in row else ""
-                        for name, (_, form) in COLUMNS.items()
-                    )
-                    print(line(values), flush=True)
-                    if arguments.json:
-                        text = json.dumps(dict(**head, rows=rows), indent=1)
-                        arguments.json.write_text(text + "\n")
+    for row in found:
+        if row["depth"] == DEPTHS[0]:
+            baseline = row
+        for part in ("prefill", "step"):
+            row[f"{part}_ratio"] = row[f"{part}_ms"] / baseline[f"{part}_ms"]
+        rows.append(row)
+        values = (
+            format(row[name], form) if name in row else "" for name, (_, form) in COLUMNS.items()
+        )
+        print(line(values), flush=True)
+        if written:
+            written.write_text(json.dumps(dict(**head, rows=rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":
