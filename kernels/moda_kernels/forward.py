@@ -53,15 +53,18 @@ def _attend_sequence(
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=["T", "S", "L", "left", "right", "chunk"])
+@triton.jit(do_not_specialize=["T", "S", "L", "left", "right", "chunk", "mixed"])
 def _moda_forward_kernel(
     q_ptr, k_ptr, v_ptr, k_depth, v_depth, out_ptr, lse_ptr, bands,
-    q_strides, k_strides, v_strides, scale, left, right, softcap, chunk, B, T, S, L, H,
+    q_strides, k_strides, v_strides, scale, left, right, softcap, chunk, mixed, B, T, S, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.cdiv(T * G, BLOCK_M) - 1 - tl.program_id(0) // (B * H)  # longest causal rows first
+    turn = tl.program_id(0) // (B * H)
+    tile = tl.cdiv(T * G, BLOCK_M) - 1 - turn  # longest causal rows first
+    if mixed:  # or longest and shortest by turns
+        tile = tl.where(turn % 2 == 0, tile + turn // 2, turn // 2)
     head = tl.program_id(0) % (B * H)
     b = (head // H).to(tl.int64)
     j = (head % H).to(tl.int64)
@@ -127,9 +130,11 @@ def _moda_forward_kernel(
 def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, depth: DepthLayout) -> Launch:
     tile = tuning.forward_tile(q.device, q.dtype, p.G, p.D, p.DV, depth.packed)
     depth_tile = tuning.forward_depth(q.device, q.dtype, p.G, p.D, p.DV, tile.BLOCK_M, depth.packed)
+    programs = triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H
+    mixed = p.L > 0 and p.chunk is None and tuning.forward_mixed(q.device, programs, p.D, p.DV, depth.packed)
     return Launch(
-        _moda_forward_kernel, triton.cdiv(p.T * p.G, tile.BLOCK_M) * p.B * p.H,
-        q.strides[:3], k.strides[:3], v.strides[:3], p.scale, p.left, p.right, p.softcap, p.chunk,
+        _moda_forward_kernel, programs,
+        q.strides[:3], k.strides[:3], v.strides[:3], p.scale, p.left, p.right, p.softcap, p.chunk, int(mixed),
         p.B, p.T, p.S, p.L, p.H,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
         ALIGNED=depth.aligned, **tile._asdict(), **depth_tile._asdict(),

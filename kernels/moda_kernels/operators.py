@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_kernels import library
+from moda_kernels import library, tuning
 from moda_kernels.backward_chunk_dkv import launch_chunk_dkv
 from moda_kernels.backward_chunk_dq import launch_chunk_dq
 from moda_kernels.backward_delta import launch_delta
@@ -76,13 +76,17 @@ def attention(
     with torch.cuda.device_of(q):
         p, bands = _packed(p, cu_seqlens)
         name = forward_plan(plan, p, q, k, v).library
-        if name is None and p.S == 0 and p.L:
-            return launch_forward_depth(p, q, k_depth, v_depth)
-        if name is None:
+        packed = bool(k_depth) and k_depth[0].dim() == 5
+        if name is not None:
+            out, lse = library.attention(name, q, k, v, p.causal, p.scale)
+            if p.L == 0:
+                return out.contiguous(), lse.contiguous()
+        elif p.L and p.S == 0:
+            out, lse = None, None
+        elif p.L and tuning.forward_apart(q.device, q.dtype, p.G, p.D, p.DV, packed):
+            out, lse = launch_forward(p._replace(L=0), q, k, v, [], [], bands)
+        else:
             return launch_forward(p, q, k, v, k_depth, v_depth, bands)
-        out, lse = library.attention(name, q, k, v, p.causal, p.scale)
-        if p.L == 0:
-            return out.contiguous(), lse.contiguous()
         return launch_forward_depth(p, q, k_depth, v_depth, out, lse)
 
 

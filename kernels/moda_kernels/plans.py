@@ -1,6 +1,7 @@
 """Which kernels a pass runs: its plan.
 
-"fused": Triton kernels of our own for sequence and depth. Forward is one kernel, under one online softmax.
+"fused": Triton kernels of our own for sequence and depth. Forward is one kernel, under one online softmax, or, for
+groups of which the depth's sums would cost too much in it (moda_kernels.tuning.forward_apart), two.
 
 "split": the sequence by a library (see moda_kernels.library), depth by a streaming Triton kernel, which in
 forward goes on from the library's out and lse. Backward hands the library the merged out and lse, so that its

@@ -117,6 +117,21 @@ def forward_depth(
     return ForwardDepth(False, 2 if width <= 256 else 1, 2)
 
 
+def forward_mixed(device: torch.device, programs: int, D: int, DV: int, packed: bool) -> bool:
+    """Whether programs with many causal keys and with few start by turns, so that some stream depth while others
+    multiply. They come apart by themselves where many follow each other.
+    """
+    return packed and max(block_dim(D), block_dim(DV)) <= 64 and programs <= 16 * multiprocessors(device)
+
+
+def forward_apart(device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, packed: bool) -> bool:
+    """Whether depth has a kernel of its own, which has dots for any group: for three heads and more sums cost
+    more than a pass over out.
+    """
+    BLOCK_M = forward_tile(device, dtype, G, D, DV, packed).BLOCK_M
+    return G >= 3 and not forward_depth(device, dtype, G, D, DV, BLOCK_M, packed).DEPTH_DOT
+
+
 def forward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> ForwardDepthTile:
     """As small as programs get, a token by a warp, and many of them: what hides the latency of loads.
 

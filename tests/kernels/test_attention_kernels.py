@@ -7,7 +7,7 @@ import torch
 
 import moda_kernels
 from helpers import FORMS, Inputs, assert_matches_reference, make_inputs
-from moda_kernels import tuning
+from moda_kernels import forward, tuning
 
 COMPILED = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -185,6 +185,39 @@ def test_programs_share_rows_where_they_are_few(monkeypatch):
     parts = [tuning.backward_dkv_parts(torch.device("cpu"), *sizes) for sizes in measured]
     assert parts == list(measured.values())
     assert tuning.backward_dkv_parts(torch.device("cpu"), 1, 512) == 1
+
+
+@pytest.mark.parametrize(("G", "T"), [(2, 130), (2, 170), (8, 40)])
+def test_the_order_of_programs_makes_no_difference(G, T, monkeypatch, device):
+    inputs = make_inputs(1, T, 2 * G, 2, 16, 5, dtype=torch.float16, device=device, form="packed")
+    results = []
+    for mixed in (True, False):
+        monkeypatch.setattr(tuning, "forward_mixed", lambda *a, mixed=mixed: mixed)
+        forward._prepare.cache_clear()
+        results += moda_kernels.attention(*inputs, 0.25, None, 0, None, "fused")
+    forward._prepare.cache_clear()
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+
+def test_programs_are_mixed_where_that_was_faster(monkeypatch):
+    """Rows of docs/performance.md: B H tiles programs, D, packed or a list."""
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 132)
+    faster = {(1024, 64, True), (2048, 64, True), (512, 64, True)}
+    slower = {(4096, 64, True), (8192, 64, True), (1024, 128, True), (1024, 64, False)}
+    for programs, D, packed in faster | slower:
+        mixed = tuning.forward_mixed(torch.device("cpu"), programs, D, D, packed)
+        assert mixed == ((programs, D, packed) in faster), (programs, D, packed)
+
+
+def test_depth_goes_apart_where_sums_cost_more_than_a_pass(monkeypatch):
+    monkeypatch.setattr(tuning, "shared_memory", lambda device: 232_448)
+    sizes = itertools.product((1, 2, 3, 4, 6, 8, 12, 16), (True, False))
+    apart = {
+        (G, packed)
+        for G, packed in sizes
+        if tuning.forward_apart(torch.device("cpu"), torch.float16, G, 64, 64, packed)
+    }
+    assert apart == {(G, packed) for G in (3, 6, 12) for packed in (True, False)} | {(4, False)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
