@@ -5,7 +5,16 @@ import torch
 from test_attention_kernels import COMPILED, DTYPES
 
 import moda_kernels
-from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs
+import moda_reference
+from helpers import (
+    Inputs,
+    assert_accurate,
+    assert_matches_reference,
+    make_cotangents,
+    make_inputs,
+    plain_attention,
+    rounding,
+)
 from moda_kernels import library
 from moda_kernels.operators import problem
 from moda_kernels.plans import backward_plan, forward_plan
@@ -61,32 +70,48 @@ def test_split_matches_reference(B, T, S, G, H, D, L, form, dtype, device):
     assert_matches_reference(inputs, run, cotangents, causal=T == S, scale=0.3)
 
 
+@pytest.mark.parametrize("plan", ["fused", "split"])
 @pytest.mark.parametrize("newest", [True, False])
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float16])
-def test_split_adds_the_running_gradient(newest, grad_dtype, device, monkeypatch):
-    """A stream's passes under both plans, on top of what later readers have left."""
+def test_a_plan_adds_the_running_gradient(grad_dtype, newest, plan, device, monkeypatch):
+    """A stream's passes, on top of what later readers have left."""
     monkeypatch.setattr(ops, "implementation", lambda q: moda_kernels)
-    slots = 4
-    inputs = make_inputs(2, 13, 4, 2, 16, slots, dtype=torch.float16, device=device)
-    buffer = torch.cat([torch.stack(inputs.k_depth), torch.stack(inputs.v_depth)], -1)
-    token = torch.empty_strided(buffer.shape, (0,) * 5, dtype=grad_dtype, device=device)
+    inputs = make_inputs(2, 13, 4, 2, 16, 3, dtype=torch.float16, device=device)
+    written = [torch.cat(slot, -1) for slot in zip(inputs.k_depth, inputs.v_depth, strict=True)]
+    if newest:  # the sequence is a slot as well
+        written.append(torch.cat(inputs[1:3], -1))
+    buffer = torch.stack(written)
     running = 8 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(2))
-    running = running.to(buffer.device, grad_dtype)
-    dout, _ = make_cotangents(inputs)
+    running = running.to(device, grad_dtype)
+    token = torch.empty_strided(buffer.shape, (0,) * 5, dtype=grad_dtype, device=device)
     q, k, v = inputs.q, *((None, None) if newest else inputs[1:3])
-    results = []
-    for plan in ("fused", "split"):
-        out, lse, _ = torch.ops.moda.stream_attention(q, k, v, buffer, token, plan=plan)
-        dq, dk_dv, grads = torch.ops.moda.stream_attention_backward(
-            dout, None, running, q, k, v, buffer, out, lse, slots, grad_dtype, plan=plan
-        )
-        results.append([out, lse, dq, *dk_dv, grads, grads.double() - running.double()])
-    eps = torch.finfo(torch.float16).eps
-    for fused, split in zip(*results, strict=True):
-        assert (fused.shape, fused.stride()) == (split.shape, split.stride())
-        size = fused.double().abs().max() + (running.abs().max() if fused.dim() == 5 else 0)
-        assert (fused.double() - split.double()).abs().max() <= 4 * eps * size
-        assert fused.abs().max() > 20 * eps
+    dout, dlse = make_cotangents(inputs)
+    out, lse, _ = torch.ops.moda.stream_attention(q, k, v, buffer, token, plan=plan)
+    dq, dk_dv, grads = torch.ops.moda.stream_attention_backward(
+        dout, None, running, q, k, v, buffer, out, lse, len(buffer), grad_dtype, plan=plan
+    )
+    assert (grads.shape, grads.dtype) == (running.shape, grad_dtype) and grads.is_contiguous()
+
+    def parts(dq, dk_dv, slots):
+        *depth, last = (slot.split(16, -1) for slot in slots)
+        if not newest:
+            depth, last = [*depth, last], dk_dv
+        return Inputs(dq, *last, *map(list, zip(*depth, strict=True))).leaves()
+
+    arrays, leaves = inputs.numpy(), inputs.map(lambda x: x.detach().requires_grad_())
+    exact = moda_reference.attention_backward(dout.double().cpu().numpy(), *arrays)
+    plain_out, plain_lse = plain_attention(leaves)
+    plain = torch.autograd.grad(plain_out, leaves.leaves(), dout)
+    floor = rounding(inputs, dout, torch.zeros_like(dlse))  # no library takes a gradient of lse
+    before = parts(torch.zeros_like(dq), [torch.zeros_like(x) for x in dk_dv], running)
+    names = ["dq", "dk", "dv", *["dk_depth"] * 3, *["dv_depth"] * 3]
+    for name, x, r, e, p in zip(
+        names, parts(dq, dk_dv, grads), before, Inputs(*exact).leaves(), plain, strict=True
+    ):
+        assert_accurate(name, x, r.double().cpu().numpy() + e, (r + p).to(x.dtype), floor[name])
+    exact_out, exact_lse = moda_reference.attention(*arrays)
+    assert_accurate("out", out, exact_out, plain_out, floor["out"])
+    assert_accurate("lse", lse, exact_lse, plain_lse, floor["lse"])
 
 
 def causal_problem(**changes):
