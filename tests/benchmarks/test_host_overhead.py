@@ -13,10 +13,20 @@ import torch
 from torch import Tensor
 
 import moda_kernels
-from moda_kernels import backward_delta, backward_depth, backward_dkv, backward_dq, forward, slots
-from moda_ops import DepthStream, moda_attention, ops
+from moda_kernels import (
+    backward_delta,
+    backward_depth,
+    backward_dkv,
+    backward_dq,
+    decode_merge,
+    decode_split,
+    forward,
+    slots,
+)
+from moda_ops import DepthStream, decode, moda_attention, moda_decode, ops
 
-PASSES = forward, backward_delta, backward_depth, backward_dq, backward_dkv, slots
+BACKWARD = backward_delta, backward_depth, backward_dq, backward_dkv
+PASSES = forward, *BACKWARD, decode_split, decode_merge, slots
 OPTIONS: Any = (1.0, None, 0, None, "fused")
 
 
@@ -40,7 +50,8 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Nothing())
-    monkeypatch.setattr(ops, "implementation", lambda q: moda_kernels)
+    for module in (ops, decode):
+        monkeypatch.setattr(module, "implementation", lambda q: moda_kernels)
     forget()
     yield
     forget()
@@ -81,6 +92,25 @@ def test_backward(benchmark: Any, L: int, call: str) -> None:
         grads = benchmark(torch.autograd.grad, out, leaves, x.detach(), retain_graph=True)
         assert len(grads) == 1 + 2 * L
     assert grads[0].shape == x.shape
+
+
+@pytest.mark.parametrize("L", [0, 8, 72])
+@pytest.mark.parametrize("call", ["launcher", "inference"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_decode(benchmark: Any, L: int, call: str, paged: bool) -> None:
+    """One new token, written and attended to; its keys are split over programs, and merged."""
+    x, k_depth, v_depth = inputs(L)
+    benchmark.group = f"decoding, {L} slots" + ", paged" * paged
+    cache, seqlens = torch.randn(64, 64, 1, 1), torch.ones(1, dtype=torch.int32)
+    table = torch.arange(64, dtype=torch.int32)[None] if paged else None
+    cache = cache if paged else cache.view(1, -1, 1, 1)
+    if call == "launcher":
+        arguments = x, cache, cache, k_depth, v_depth, seqlens, table, x, x, 1.0, None, None
+        out, _ = benchmark(moda_kernels.decode, *arguments)
+    else:
+        new = dict(k_new=x, v_new=x, block_table=table)
+        out = benchmark(moda_decode, x, cache, cache.clone(), k_depth, v_depth, seqlens, **new)
+    assert out.shape == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("call", ["write", "forward", "backward"])
