@@ -69,7 +69,7 @@ class MoDAConfig(PretrainedConfig):
     """
 
     model_type = "moda"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "width",
         "num_hidden_layers": "layers",
@@ -174,7 +174,7 @@ class MoDACache(Cache):
         ... )
         >>> model, cache = MoDAForCausalLM(config).eval(), MoDACache(config, 1, capacity=100)
         >>> tokens = model.generate(
-        ...     torch.tensor([[1, 2, 3]]), max_new_tokens=5, past_key_values=cache
+        ...     torch.tensor([[1, 2, 3]]), max_new_tokens=5, cache=cache
         ... )
         >>> tokens.shape, cache.get_seq_length()
         (torch.Size([1, 8]), 7)
@@ -341,11 +341,11 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
                 "cache_implementation must be None: the cache is a MoDACache, "
                 f"got {generation_config.cache_implementation!r}"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+        if generation_config.use_cache and model_kwargs.get("cache") is None:
             texts = batch_size * max(
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1
             )
-            model_kwargs["past_key_values"] = self._new_cache(texts, max_cache_length)
+            model_kwargs["cache"] = self._new_cache(texts, max_cache_length)
 
     def _set_gradient_checkpointing(
         self,
@@ -369,7 +369,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: MoDACache | None = None,
+        cache: MoDACache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -384,7 +384,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (B, N) token ids.
             attention_mask: (B, P + N): nonzero for tokens, 0 for padding, P columns in the cache
                 included. Default: no padding among the N.
-            past_key_values: what came before. New tokens are appended to it.
+            cache: what came before. New tokens are appended to it.
             inputs_embeds: (B, N, C) in place of ``input_ids``.
             labels: (B, N) token ids; the logits at one column predict the label of the next. -100
                 is left out: set it at padding. So is a text's first label after padding, which
@@ -397,7 +397,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
             unsupported: anything else, unless None or False, is an error.
 
         Returns:
-            ``loss`` (a scalar, float32), ``logits`` (B, N, vocab_size), ``past_key_values``,
+            ``loss`` (a scalar, float32), ``logits`` (B, N, vocab_size), ``cache``,
             ``hidden_states`` (layers + 1 of (B, N, C)): those that were asked for. With
             ``return_dict=False`` a tuple.
 
@@ -410,7 +410,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         _check_supported(unsupported)
         inputs = _one_of(input_ids, inputs_embeds)
         batch, new = inputs.shape[:2]
-        cache = self._cache(past_key_values, use_cache, batch, new)
+        cache = self._cache(cache, use_cache, batch, new)
         past = 0 if cache is None else cache.columns
         _check_shape("attention_mask", attention_mask, (batch, past + new))
         _check_shape("labels", labels, (batch, new))
@@ -463,7 +463,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache,
+            cache=cache,
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
@@ -485,11 +485,10 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         if given is None:
             return self._new_cache(batch, new)
         if not isinstance(given, MoDACache):
-            raise TypeError(f"past_key_values must be a MoDACache, got {type(given).__name__}")
+            raise TypeError(f"cache must be a MoDACache, got {type(given).__name__}")
         if given.batch_size != batch:
             raise ValueError(
-                f"past_key_values must hold B = {batch} texts, as the tokens, "
-                f"got {given.batch_size}"
+                f"cache must hold B = {batch} texts, as the tokens, got {given.batch_size}"
             )
         given.reserve(given.columns + new)
         return given
@@ -511,6 +510,7 @@ def _check_supported(unsupported: dict[str, Any]) -> None:
             reason = {
                 "position_ids": "positions follow from attention_mask",
                 "output_attentions": "attention weights are never in memory",
+                "past_key_values": "transformers 5.24 renamed it cache",
             }.get(name, "MoDAForCausalLM.forward has no such argument")
             raise TypeError(f"{name} is not supported: {reason}")
 

@@ -249,7 +249,7 @@ def test_a_cache_with_room_does_not_grow_and_a_small_one_does() -> None:
     for capacity in (1, 100):
         cache = MoDACache(model.config, 3, capacity)
         first = cache.kv.k[0]
-        assert torch.equal(greedy(model, past_key_values=cache), greedy(model, use_cache=False))
+        assert torch.equal(greedy(model, cache=cache), greedy(model, use_cache=False))
         assert (cache.kv.k[0] is first) == (capacity == 100)
         assert cache.get_seq_length() == 8 + 19
         assert cache.kv.lengths.tolist() == [len(text) + 19 for text in PROMPTS]
@@ -297,7 +297,7 @@ def test_assisted_generation_takes_tokens_back() -> None:
 def test_prompts_in_chunks() -> None:
     model = make_model().eval()
     cache = MoDACache(model.config, 3, 10)
-    chunked = greedy(model, past_key_values=cache, prefill_chunk_size=3)
+    chunked = greedy(model, cache=cache, prefill_chunk_size=3)
     assert torch.equal(chunked, greedy(model))
 
 
@@ -305,11 +305,11 @@ def test_prompts_in_chunks() -> None:
 def test_a_cropped_cache_goes_on_from_there() -> None:
     model = make_model().eval()
     ids, mask = padded(PROMPTS, "left")
-    cache = model(ids, mask).past_key_values
-    model(IDS[:1].expand(3, 4), past_key_values=cache)
+    cache = model(ids, mask).cache
+    model(IDS[:1].expand(3, 4), cache=cache)
     cache.crop(-4)
     assert cache.get_seq_length() == ids.shape[1]
-    logits = model(torch.full((3, 1), 4), past_key_values=cache).logits
+    logits = model(torch.full((3, 1), 4), cache=cache).logits
     for row, text in zip(logits, PROMPTS, strict=True):
         assert_close(row[0], model(torch.tensor([[*text, 4]])).logits[0, -1])
 
@@ -323,8 +323,8 @@ def test_a_cache_is_continued_with_padded_turns(depth: nn.Depth) -> None:
     cache, masks = None, []
     for ids, mask in turns:
         masks.append(mask)
-        output = model(ids, torch.cat(masks, 1), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(ids, torch.cat(masks, 1), cache=cache, use_cache=True)
+        cache = output.cache
         done = torch.cat([ids for ids, _ in turns[: len(masks)]], 1), torch.cat(masks, 1)
         whole = model(*done, use_cache=False).logits[:, -ids.shape[1] :]
         assert_close(output.logits[mask == 1], whole[mask == 1])
@@ -334,16 +334,16 @@ def test_a_cache_is_continued_with_padded_turns(depth: nn.Depth) -> None:
 def test_texts_of_a_cache_are_selected_and_repeated() -> None:
     model = make_model().eval()
     ids, mask = padded(PROMPTS, "left")
-    cache = model(ids, mask).past_key_values
+    cache = model(ids, mask).cache
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([5, 0]))
     assert len(cache) == 3 and cache.batch_size == 2
     next_token = torch.tensor([[4], [4]])
-    logits = model(next_token, past_key_values=cache).logits
+    logits = model(next_token, cache=cache).logits
     for row, text in zip(logits, (PROMPTS[2], PROMPTS[0]), strict=True):
         assert_close(row[0], model(torch.tensor([[*text, 4]])).logits[0, -1])
     cache.reset()
-    again = model(ids[:2], mask[:2], past_key_values=cache).logits
+    again = model(ids[:2], mask[:2], cache=cache).logits
     assert torch.equal(again, model(ids[:2], mask[:2]).logits)
 
 
@@ -351,7 +351,7 @@ def test_autocast_generates_in_bfloat16() -> None:
     model = make_model().eval()
     ids, mask = padded(PROMPTS, "left")
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert model(ids, mask).past_key_values.kv.k[0].dtype == torch.bfloat16
+        assert model(ids, mask).cache.kv.k[0].dtype == torch.bfloat16
         assert torch.equal(greedy(model, 5), greedy(model, 5, use_cache=False))
 
 
@@ -473,6 +473,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     (dict(input_ids=IDS, labels=IDS, logits_to_keep=1), ValueError, "logits_to_keep must be 0"),
     (dict(input_ids=IDS, position_ids=IDS), TypeError, "position_ids is not supported: positions follow from attention_mask"),
     (dict(input_ids=IDS, output_attentions=True), TypeError, "output_attentions is not supported: attention weights"),
+    (dict(input_ids=IDS, past_key_values=IDS), TypeError, "past_key_values is not supported: transformers 5.24 renamed it cache"),
     (dict(input_ids=IDS, token_type_ids=IDS), TypeError, "token_type_ids is not supported"),
     (dict(input_ids=IDS, use_cache=True), ValueError, "a cache carries no gradient"),
 ]  # fmt: skip
@@ -488,12 +489,12 @@ def test_forward_rejects(arguments: dict[str, Any], error: type[Exception], text
 def test_caches_that_do_not_fit_are_rejected() -> None:
     model = make_model().eval()
     with pytest.raises(TypeError, match="must be a MoDACache, got DynamicCache"):
-        model(IDS, past_key_values=DynamicCache())
+        model(IDS, cache=DynamicCache())
     with pytest.raises(ValueError, match=r"must hold B = 2 texts.* got 3"):
-        model(IDS, past_key_values=MoDACache(model.config, 3, 9))
-    cache = model(IDS).past_key_values
+        model(IDS, cache=MoDACache(model.config, 3, 9))
+    cache = model(IDS).cache
     with pytest.raises(ValueError, match=r"attention_mask must be .*\(2, 8\), got \(2, 4\)"):
-        model(IDS, attention_mask=IDS, past_key_values=cache)
+        model(IDS, attention_mask=IDS, cache=cache)
     with pytest.raises(ValueError, match="tokens_to_remove must be at most 0, got 1"):
         cache.crop(1)
 
