@@ -124,6 +124,7 @@ def forward_mixed(device: torch.device, programs: int, D: int, DV: int, packed: 
     return packed and max(block_dim(D), block_dim(DV)) <= 64 and programs <= 16 * multiprocessors(device)
 
 
+@lru_cache
 def forward_apart(device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, packed: bool) -> bool:
     """Whether depth has a kernel of its own, which has dots for any group: for three heads and more sums cost
     more than a pass over out.
@@ -144,6 +145,7 @@ def forward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> ForwardDe
     return ForwardDepthTile(BLOCK_G, 16, 2, 1)
 
 
+@lru_cache
 def backward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> DepthTile:
     """A token by a warp; by four where one has not the registers for it.
 
@@ -186,6 +188,7 @@ def backward_dkv_parts(device: torch.device, programs: int, rows: int) -> int:
     return parts
 
 
+@lru_cache
 def backward_dkv_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int) -> Tile:
     width = max(block_dim(D), block_dim(DV))
     if dtype is torch.float32:
@@ -197,6 +200,7 @@ def backward_dkv_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int)
     return Tile(32, 64, 8, 1) if shared_memory(device) >= 114_688 else Tile(32, 32, 4, 1)
 
 
+@lru_cache
 def decode_tile(device: torch.device, dtype: torch.dtype, heads: int, rows: int, D: int, DV: int) -> Tile:
     """For the ``rows`` (token, group) pairs of each of so many heads, of all sequences: as many as do not
     spill, and no more than there are. Where keys are split, one program fills a multiprocessor with loads.
@@ -220,6 +224,7 @@ def decode_depth(
     return depth if depth.DEPTH_DOT else depth._replace(BLOCK_L=min(8, slots))
 
 
+@lru_cache
 def decode_splits(device: torch.device, tile: Tile, key_bytes: int, programs: int, S: int) -> int:
     """Programs that share a tile's keys, of ``key_bytes`` with their values: what fills the multiprocessors
     with loads, 64 KB each, and two blocks of keys for each.

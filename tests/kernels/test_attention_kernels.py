@@ -211,12 +211,14 @@ def test_programs_are_mixed_where_that_was_faster(monkeypatch):
 
 def test_depth_goes_apart_where_sums_cost_more_than_a_pass(monkeypatch):
     monkeypatch.setattr(tuning, "shared_memory", lambda device: 232_448)
+    tuning.forward_apart.cache_clear()
     sizes = itertools.product((1, 2, 3, 4, 6, 8, 12, 16), (True, False))
     apart = {
         (G, packed)
         for G, packed in sizes
         if tuning.forward_apart(torch.device("cpu"), torch.float16, G, 64, 64, packed)
     }
+    tuning.forward_apart.cache_clear()
     assert apart == {(G, packed) for G in (3, 6, 12) for packed in (True, False)} | {(4, False)}
 
 
