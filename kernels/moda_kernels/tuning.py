@@ -119,7 +119,7 @@ def forward_depth(
 
 def forward_mixed(device: torch.device, programs: int, D: int, DV: int, packed: bool) -> bool:
     """Whether programs with many causal keys and with few start by turns, so that some stream depth while others
-    multiply. They come apart by themselves where many follow each other.
+    multiply. Where there are more of them that was slower.
     """
     return packed and max(block_dim(D), block_dim(DV)) <= 64 and programs <= 16 * multiprocessors(device)
 
