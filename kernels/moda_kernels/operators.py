@@ -75,15 +75,16 @@ def attention(
         return q.new_empty(*q.shape[:3], p.DV), q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
     with torch.cuda.device_of(q):
         p, bands = _packed(p, cu_seqlens)
-        name = forward_plan(plan, p, q, k, v).library
         packed = bool(k_depth) and k_depth[0].dim() == 5
+        apart = p.L > 0 and tuning.forward_apart(q.device, q.dtype, p.G, p.D, p.DV, packed)
+        name = forward_plan(plan, p, q, k, v, apart).library
         if name is not None:
             out, lse = library.attention(name, q, k, v, p.causal, p.scale)
             if p.L == 0:
                 return out.contiguous(), lse.contiguous()
         elif p.L and p.S == 0:
             out, lse = None, None
-        elif p.L and tuning.forward_apart(q.device, q.dtype, p.G, p.D, p.DV, packed):
+        elif apart:
             out, lse = launch_forward(p._replace(L=0), q, k, v, [], [], bands)
         else:
             return launch_forward(p, q, k, v, k_depth, v_depth, bands)

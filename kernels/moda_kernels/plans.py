@@ -28,9 +28,9 @@ class Plan(NamedTuple):
     reason: str
 
 
-def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
-    """Raise ValueError if ``plan`` is "split" and this call cannot be."""
-    chosen = _by_choice(plan, p, tuning.split_forward(p.D, p.DV)) or _split(plan, p, q, k, v)
+def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor, apart: bool = False) -> Plan:
+    """Raise ValueError if ``plan`` is "split" and this call cannot be. ``apart``: a fused forward is two kernels."""
+    chosen = _by_choice(plan, p, tuning.split_forward(p.D, p.DV, apart)) or _split(plan, p, q, k, v)
     if plan == "split" and chosen.library is None:
         raise ValueError(f"plan must be 'auto' or 'fused' for this call, got 'split': {chosen.reason}")
     return chosen

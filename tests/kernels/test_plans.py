@@ -15,7 +15,7 @@ from helpers import (
     plain_attention,
     rounding,
 )
-from moda_kernels import library
+from moda_kernels import library, operators
 from moda_kernels.operators import problem
 from moda_kernels.plans import backward_plan, forward_plan
 from moda_kernels.prepared import Problem
@@ -151,6 +151,36 @@ def test_auto_weighs_the_arithmetic_of_the_sequence(device):
         assert tuple(plan.library is not None for plan in got) == splits, sizes
         assert p.flops == 2 * 64 // (8 // p.G) * p.T**2 * p.D
     assert causal_problem(right=None).flops == 2 * causal_problem().flops
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_auto_splits_sooner_where_depth_is_apart_anyway(device):
+    """Rows of docs/measurements/attempts.json."""
+    for B, T, G, D, splits in (
+        (8, 2048, 3, 64, False),  # 4% to be gained
+        (8, 2048, 5, 64, True),  # 9%
+        (1, 4096, 7, 64, False),
+        (1, 4096, 12, 64, True),
+        (1, 2048, 6, 128, False),  # 4%
+        (1, 2048, 7, 128, True),  # 5%
+    ):
+        p = causal_problem(B=B, T=T, S=T, G=G, H=4, D=D, DV=D)
+        plans = [forward_plan("auto", p, *tensors(device), apart) for apart in (True, False)]
+        assert [plan.library is not None for plan in plans] == [splits, False], p
+
+
+@pytest.mark.parametrize(("G", "L", "apart"), [(3, 2, True), (2, 2, False), (3, 0, False)])
+def test_the_forward_says_whether_depth_is_apart(G, L, apart, device, monkeypatch):
+    told = []
+
+    def plan(*arguments):
+        told.append(arguments[-1])
+        return forward_plan("fused", *arguments[1:])
+
+    monkeypatch.setattr(operators, "forward_plan", plan)
+    inputs = make_inputs(1, 5, G, 1, 16, L, device=device)
+    moda_kernels.attention(*inputs, 0.25, None, 0, None)
+    assert told == [apart]
 
 
 def test_auto_splits_for_cudnn_alone(device, monkeypatch):
