@@ -19,7 +19,7 @@ def split_forward(D: int, DV: int, apart: bool) -> float:
     is ``apart`` in a fused one, too.
     """
     if apart:
-        return 8e10 if max(D, DV) <= 64 else 3e10
+        return 6.5e10 if max(D, DV) <= 64 else 3e10
     return 1e12 if max(D, DV) <= 64 else 2e11
 
 

@@ -158,6 +158,7 @@ def test_auto_splits_sooner_where_depth_is_apart_anyway(device):
     """Rows of docs/measurements/attempts.json."""
     for B, T, G, D, splits in (
         (8, 2048, 3, 64, False),  # 4% to be gained
+        (8, 2048, 4, 64, True),  # 9%, of a list
         (8, 2048, 5, 64, True),  # 9%
         (1, 4096, 7, 64, False),
         (1, 4096, 12, 64, True),
