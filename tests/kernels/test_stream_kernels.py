@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from test_varlen_kernels import assert_documents_match_reference, document, documents, starts
 
 import moda_kernels
 from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs, rounding
-from moda_ops import ops
+from moda_kernels import tuning
+from moda_ops import DepthStream, ops
 
 COMPILED = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -72,10 +74,64 @@ def test_matches_reference(B, T, S, HQ, H, D, DV, L, dtype, device):
     assert_matches_reference(inputs, run_stream(S is None, dtype))
 
 
-@pytest.mark.parametrize("options", [dict(causal=False), dict(window=3, softcap=1.5, scale=0.4)])
-def test_options(options, device):
-    inputs = make_inputs(1, 23, 4, 2, 16, 3, device=device)
-    assert_matches_reference(inputs, run_stream(True, torch.float32, **options), **options)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("S", "options"),
+    [
+        (None, dict(causal=False)),
+        (None, dict(window=3, softcap=1.5, scale=0.4)),
+        (31, dict(window=3, softcap=1.5, scale=0.4)),
+        (31, dict(causal=False, window=(6, 2), softcap=2.0)),
+        (0, dict(causal=False, softcap=2.0, scale=0.7)),
+    ],
+)
+def test_options(S, options, dtype, device):
+    """Alone, and on top of a running gradient."""
+    inputs = make_inputs(1, 23, 4, 2, 16, 3, S=S, DV=24, dtype=dtype, device=device)
+    run = run_stream(S is None, dtype, **options)
+    assert_matches_reference(inputs, run, **options)
+    assert_running_is_added(inputs, S is None, **options)
+
+
+def test_depth_alone_is_a_sequence_of_no_keys(device):
+    inputs, options = (
+        make_inputs(1, 9, 4, 2, 16, 5, S=0, device=device),
+        dict(softcap=1.5, scale=0.4),
+    )
+    stream = DepthStream(*as_stream(inputs, False, torch.float32), head_dim=16)
+    options = dict(softcap=1.5, scale=0.4)
+    run = run_stream(False, torch.float32, causal=False, **options)
+    expected, *_ = run(inputs, *make_cotangents(inputs))
+    assert torch.equal(stream.attend_depth(inputs.q, **options)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("queries", "keys", "parts", "options"),
+    [
+        ([17, 0, 1, 12], None, 1, {}),
+        ([9, 0, 1, 4], None, 1, dict(window=(3, 1), softcap=2.0, scale=0.3)),
+        ([4, 6, 2], [4, 0, 9], 1, dict(causal=False)),
+        ([3, 0, 5, 1], [8, 2, 3, 1], 2, dict(window=3, softcap=2.0)),
+    ],
+)
+def test_packed_documents(queries, keys, parts, options, dtype, device, monkeypatch):
+    """Alone, and on top of a running gradient; without keys of their own the newest slot's."""
+    monkeypatch.setattr(tuning, "backward_dkv_parts", lambda *sizes: parts)
+    newest, keys = keys is None, keys or queries
+    inputs = make_inputs(
+        1, sum(queries), 3, 1, 16, 3, S=sum(keys), DV=24, dtype=dtype, device=device
+    )
+    cu = dict(cu_seqlens_q=starts(queries, device), cu_seqlens_k=starts(keys, device))
+    run = run_stream(newest, dtype, **cu, **options)
+    assert_documents_match_reference(inputs, run, queries, keys, **options)
+    dout, dlse = make_cotangents(inputs)
+    floors = [
+        rounding(document(inputs, t, s), dout[:, t], dlse[..., t], **options)
+        for t, s in documents(queries, keys)
+    ]
+    floor = {name: max(each[name] for each in floors) for name in floors[0]}
+    assert_running_is_added(inputs, newest, floor, **cu, **options)
 
 
 PLACES = dict(
@@ -103,14 +159,7 @@ def test_dropped_slots(places, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_running_gradient_of_slots_that_are_left(places, newest, dtype, device):
     inputs = make_inputs(1, 9, 4, 2, 16, 4 - newest, dtype=dtype, device=device)
-    cotangents, generator = make_cotangents(inputs), torch.Generator().manual_seed(2)
-    running = torch.randn(4, 1, 9, 2, 32, generator=generator).to(device)
-    floor = rounding(inputs, *cotangents)
-    *_, alone = run_stream(newest, torch.float32, places=places)(inputs, *cotangents)
-    for grad_dtype in {torch.float32, dtype}:
-        dtoken = running.to(grad_dtype)
-        *_, both = run_stream(newest, grad_dtype, dtoken, places)(inputs, *cotangents)
-        assert_running(newest, both, alone, dtoken, floor)
+    assert_running_is_added(inputs, newest, places=places)
 
 
 @pytest.mark.parametrize("newest", [True, False])
@@ -120,23 +169,28 @@ def test_running_gradient_of_slots_that_are_left(places, newest, dtype, device):
 )
 def test_running_gradient_is_added_before_the_one_rounding(HQ, H, D, L, dtype, newest, device):
     inputs = make_inputs(2, 23, HQ, H, D, L, dtype=dtype, device=device)
-    cotangents = make_cotangents(inputs)
-    shape = (L + newest, 2, 23, H, 2 * D)
-    running = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device)
+    assert_running_is_added(inputs, newest)
 
-    floor = rounding(inputs, *cotangents)
-    *_, alone = run_stream(newest, torch.float32)(inputs, *cotangents)
-    for grad_dtype in {torch.float32, dtype}:
-        dtoken = running.to(grad_dtype)
-        *_, both = run_stream(newest, grad_dtype, dtoken)(inputs, *cotangents)
+
+def assert_running_is_added(inputs, newest, floor=None, places=None, **options):
+    """Gradients on top of what later readers have left are the sums of both, rounded once."""
+    cotangents, generator = make_cotangents(inputs), torch.Generator().manual_seed(2)
+    (B, T), H, D, DV = inputs.q.shape[:2], *inputs.k.shape[2:], inputs.v.shape[-1]
+    running = torch.randn(len(inputs.k_depth) + newest, B, T, H, D + DV, generator=generator)
+    floor = floor or rounding(inputs, *cotangents, **options)
+    *_, alone = run_stream(newest, torch.float32, None, places, **options)(inputs, *cotangents)
+    for grad_dtype in {torch.float32, inputs.q.dtype}:
+        dtoken = running.to(inputs.q.device, grad_dtype)
+        run = run_stream(newest, grad_dtype, dtoken, places, **options)
+        *_, both = run(inputs, *cotangents)
         assert_running(newest, both, alone, dtoken, floor)
 
 
 def assert_running(newest, both, alone, dtoken, floor):
     """``both`` are the gradients ``alone`` and what was running, added in one rounding."""
-    D = both.q.shape[-1]
     assert torch.equal(both.q, alone.q)
-    k_before, v_before = (list(x) for x in dtoken.split([D, D], -1))
+    dims = both.k.shape[-1], both.v.shape[-1]
+    k_before, v_before = (list(x) for x in dtoken.split(dims, -1))
     if newest:
         assert_one_rounding(both.k, alone.k, k_before.pop(), floor["dk"])
         assert_one_rounding(both.v, alone.v, v_before.pop(), floor["dv"])

@@ -7,9 +7,11 @@ import pytest
 import torch
 from test_attention_kernels import DTYPES, run_kernels
 
-from helpers import Inputs, assert_matches_reference, make_inputs
+import moda_kernels
+from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs
 from moda_kernels import tuning
 from moda_kernels.bands import launch_bands
+from moda_ops import DepthStream, moda_attention_varlen, ops
 
 LENGTHS = [  # of queries and keys of each document
     ([5, 0, 1, 9], None),
@@ -67,6 +69,25 @@ def document(inputs, t, s):
     return Inputs(q[:, t], k[:, s], v[:, s], k_depth, v_depth)
 
 
+def documents(queries, keys):
+    """Where each document is in the packed queries and keys."""
+    for i in range(len(queries)):
+        yield [slice(sum(x[:i]), sum(x[: i + 1])) for x in (queries, keys)]
+
+
+def assert_documents_match_reference(inputs, run, queries, keys, **options):
+    """``assert_matches_reference`` for each document of one call of ``run``."""
+    dout, dlse = make_cotangents(inputs)
+    out, lse, grads = run(inputs, dout, dlse)
+    for t, s in documents(queries, keys):
+        assert_matches_reference(
+            document(inputs, t, s),
+            lambda *_, t=t, s=s: (out[:, t], lse[:, :, t], document(grads, t, s)),
+            (dout[:, t].contiguous(), dlse[:, :, t].contiguous()),
+            **options,
+        )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, dict(causal=False), dict(window=(3, 1), softcap=2.0)])
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS)
@@ -83,15 +104,36 @@ def test_each_document_matches_the_reference(
         1, sum(queries), G, 1, D, L, S=sum(keys), dtype=dtype, device=device, form=form
     )
     cu = starts(queries, device), starts(keys, device)
-    generator = torch.Generator().manual_seed(1)
-    dout = torch.randn(inputs.q.shape, generator=generator).to(inputs.q)
-    dlse = torch.randn(1, G, sum(queries), generator=generator).to(device)
-    out, lse, grads = run_kernels(cu_seqlens=cu, **options)(inputs, dout, dlse)
-    for i in range(len(queries)):
-        t, s = (slice(sum(x[:i]), sum(x[: i + 1])) for x in (queries, keys))
-        assert_matches_reference(
-            document(inputs, t, s),
-            lambda *_, t=t, s=s: (out[:, t], lse[:, :, t], document(grads, t, s)),
-            (dout[:, t].contiguous(), dlse[:, :, t].contiguous()),
-            **options,
-        )
+    run = run_kernels(cu_seqlens=cu, **options)
+    assert_documents_match_reference(inputs, run, queries, keys, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("newest", [True, False])
+def test_readers_of_a_stream_are_calls_with_its_slots(newest, dtype, device, monkeypatch):
+    """But for six readers' gradients of k and of v, which are added up in another order."""
+    monkeypatch.setattr(ops, "implementation", lambda q: moda_kernels)
+    lengths = [13, 0, 1, 7]
+    cu = starts(lengths, device), starts(lengths, device)
+    leaves = make_inputs(1, sum(lengths), 3, 1, 24, 0, dtype=dtype, device=device)[:3]
+    q, *k_v = (x.requires_grad_() for x in leaves)
+    results = []
+    for stream in (DepthStream.allocate(3, *leaves[1].shape, dtype=dtype, device=device), None):
+        outs, slots = [], []
+        for reader in (1, 2, 3):
+            k, v = (reader * x for x in k_v)
+            if stream is None:
+                depth = [torch.stack(x, 2)[0] for x in zip(*slots, strict=True)] or [None, None]
+                outs.append(moda_attention_varlen(q[0], k[0], v[0], *depth, *cu)[None])
+                slots.append((k, v))
+            elif newest:
+                out, stream = stream.write(k, v).attend(q, cu_seqlens=cu)
+                outs.append(out)
+            else:
+                out, stream = stream.attend(q, k, v, cu_seqlens=cu)
+                outs.append(out)
+                stream = stream.write(k, v)
+        out = torch.cat(outs, 2)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        assert (a.double() - b).norm() <= 6 * torch.finfo(dtype).eps * b.double().norm()
