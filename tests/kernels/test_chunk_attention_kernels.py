@@ -60,7 +60,15 @@ def test_chunks_and_tiles_of_any_size(C, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "options", [{"softcap": 1.5}, {"scale": 0.3}, {"window": 4}, {"window": 0}], ids=str
+    "options",
+    [
+        {"softcap": 1.5},
+        {"scale": 0.3},
+        {"window": 4},
+        {"window": 0},
+        {"window": 4, "softcap": 1.5, "scale": 0.3},
+    ],
+    ids=str,
 )
 def test_options(options, dtype, device):
     inputs = make_inputs(2, 19, 4, 2, 16, 5, S=25, dtype=dtype, device=device, form="embedded")
