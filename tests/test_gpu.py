@@ -39,15 +39,19 @@ def test_graph_capture_replays_with_new_inputs():
             assert torch.equal(a, b)
 
 
+def packed_leaves() -> Inputs:
+    inputs = make_inputs(**(SHAPE | {"B": 1}))
+    return inputs.map(lambda x: x[0].requires_grad_())
+
+
 def test_graph_of_packed_documents_replays_with_other_lengths():
     """Lengths are read on the device: nothing of them is in the graph."""
-    q, k = (torch.randn(1, 100, h, 64).to("cuda", torch.bfloat16)[0] for h in (8, 2))
+    inputs = packed_leaves()
     static = torch.zeros(5, dtype=torch.int32, device="cuda")
-    q.requires_grad_()
 
     def run(cu):
-        out = moda_attention_varlen(q, k, k, [k], [k], cu, cu)
-        return [out, *torch.autograd.grad(out, q, torch.ones_like(out))]
+        out = moda_attention_varlen(*inputs, cu, cu)
+        return [out, *torch.autograd.grad(out, inputs.leaves(), torch.ones_like(out))]
 
     lengths = [[0, 25, 50, 75, 100], [0, 0, 3, 99, 100], [0, 100, 100, 100, 100]]
     stream = torch.cuda.Stream()
@@ -64,6 +68,23 @@ def test_graph_of_packed_documents_replays_with_other_lengths():
         graph.replay()
         for a, b in zip(results, run(cu), strict=True):
             assert torch.equal(a, b)
+
+
+def test_packed_documents_synchronize_nothing():
+    inputs = packed_leaves()
+    cu = torch.tensor([0, 0, 3, 99, 100], dtype=torch.int32, device="cuda")
+
+    def run():
+        out = moda_attention_varlen(*inputs, cu, cu)
+        torch.autograd.grad(out, inputs.leaves(), torch.ones_like(out))
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.filterwarnings("ignore")
