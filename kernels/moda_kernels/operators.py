@@ -23,6 +23,7 @@ from moda_kernels.forward import launch_forward
 from moda_kernels.forward_depth import launch_forward_depth
 from moda_kernels.plans import backward_plan, forward_plan
 from moda_kernels.prepared import Problem
+from moda_kernels.slots import is_packed
 
 KeyGradients = tuple[Any, Any, Any, Any]
 """For k, v, k_depth and v_depth, each in its form."""
@@ -42,7 +43,7 @@ def problem(
     """S is k's length, if not given."""
     B, T, HQ, D = q.shape
     S, H = k.shape[1] if S is None else S, k.shape[2]
-    L = k_depth[0].shape[2] if k_depth and k_depth[0].dim() == 5 else len(k_depth)
+    L = k_depth[0].shape[2] if is_packed(k_depth) else len(k_depth)
     # Windows that show the same keys, small enough for 32-bit sums with positions.
     left, right = (side if side is None else min(side, T + S) for side in (left, right))
     return Problem(B, T, S, L, H, HQ // H, D, v.shape[3], scale, left, right, softcap)
@@ -75,8 +76,7 @@ def attention(
         return q.new_empty(*q.shape[:3], p.DV), q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
     with torch.cuda.device_of(q):
         p, bands = _packed(p, cu_seqlens)
-        packed = bool(k_depth) and k_depth[0].dim() == 5
-        apart = p.L > 0 and tuning.forward_apart(q.device, q.dtype, p.G, p.D, p.DV, packed)
+        apart = p.L > 0 and tuning.forward_apart(q.device, q.dtype, p.G, p.D, p.DV, is_packed(k_depth))
         name = forward_plan(plan, p, q, k, v, apart).library
         if name is not None:
             out, lse = library.attention(name, q, k, v, p.causal, p.scale)
@@ -221,8 +221,8 @@ def depth_mass(
     q: Tensor, k_depth: list[Tensor], lse: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
     """(B, HQ, L) in float32."""
-    (B, T, HQ, D), packed = q.shape, len(k_depth) == 1 and k_depth[0].dim() == 5
-    L = k_depth[0].shape[2] if packed else len(k_depth)
+    B, T, HQ, D = q.shape
+    L = k_depth[0].shape[2] if is_packed(k_depth) else len(k_depth)
     if L == 0 or q.numel() == 0:
         return q.new_zeros(B, HQ, L, dtype=torch.float32)
     H = k_depth[0].shape[-2]

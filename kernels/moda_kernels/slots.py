@@ -37,6 +37,11 @@ def _write_words(device: torch.device) -> Launch:
     return launch
 
 
+def is_packed(depth: list[Tensor]) -> bool:
+    """A list of one packed tensor (B, T, L, H, D), and not of slots."""
+    return bool(depth) and depth[0].dim() == 5
+
+
 class DepthLayout(NamedTuple):
     """What launches that read depth slots are prepared for."""
 
@@ -51,7 +56,7 @@ def depth_pointers(*depths: list[Tensor]) -> tuple[list[Any], DepthLayout]:
     All depths have the same number L >= 1 of slots, on one device. A table does not say the slots' dtype.
     """
     first = depths[0][0]
-    if first.dim() == 5:
+    if is_packed(depths[0]):
         packed = [depth[0] for depth in depths]
         pointers: list[Any] = [(x, *x.stride()[:4]) for x in packed]
         return pointers, DepthLayout(tensors=tuple(map(layout, packed)))

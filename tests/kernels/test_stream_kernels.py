@@ -94,10 +94,7 @@ def test_options(S, options, dtype, device):
 
 
 def test_depth_alone_is_a_sequence_of_no_keys(device):
-    inputs, options = (
-        make_inputs(1, 9, 4, 2, 16, 5, S=0, device=device),
-        dict(softcap=1.5, scale=0.4),
-    )
+    inputs = make_inputs(1, 9, 4, 2, 16, 5, S=0, device=device)
     stream = DepthStream(*as_stream(inputs, False, torch.float32), head_dim=16)
     options = dict(softcap=1.5, scale=0.4)
     run = run_stream(False, torch.float32, causal=False, **options)
