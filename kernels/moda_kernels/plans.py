@@ -30,7 +30,8 @@ class Plan(NamedTuple):
 
 def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor, apart: bool = False) -> Plan:
     """Raise ValueError if ``plan`` is "split" and this call cannot be. ``apart``: a fused forward is two kernels."""
-    chosen = _by_choice(plan, p, tuning.split_forward(p.D, p.DV, apart)) or _split(plan, p, q, k, v)
+    most = tuning.split_forward(p.G, p.D, p.DV, p.causal, apart)
+    chosen = _by_choice(plan, p, most) or _split(plan, p, q, k, v)
     if plan == "split" and chosen.library is None:
         raise ValueError(f"plan must be 'auto' or 'fused' for this call, got 'split': {chosen.reason}")
     return chosen
@@ -38,7 +39,7 @@ def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor, apart: 
 
 def backward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None) -> Plan:
     """Under "split", passes that a library cannot do are fused."""
-    if chosen := _by_choice(plan, p, tuning.split_backward(p.D, p.DV)):
+    if chosen := _by_choice(plan, p, tuning.split_backward(p.G, p.D, p.DV, p.causal)):
         return chosen
     if dlse is not None:
         return Plan(None, "a library takes no gradient of lse")

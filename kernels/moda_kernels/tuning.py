@@ -14,18 +14,22 @@ import triton
 DECODE_SPLITS = 128  # at most: parts of a sequence's keys that a decoding step merges
 
 
-def split_forward(D: int, DV: int, apart: bool) -> float:
-    """Floating-point operations of the sequence, in forward, above which a split forward is faster: fewer where depth
-    is ``apart`` in a fused one, too.
+def split_forward(G: int, D: int, DV: int, causal: bool, apart: bool) -> float:
+    """Floating-point operations of the sequence, in forward, above which a split forward is faster. Sooner where a
+    fused one hides less depth: where that is ``apart``, and in groups of one or four, against two and eight.
     """
-    if apart:
-        return 6.5e10 if max(D, DV) <= 64 else 3e10
-    return 1e12 if max(D, DV) <= 64 else 2e11
+    if max(D, DV) > 64:
+        return 3e10 if apart else 1e11
+    if G == 1:
+        return 1e11 if causal else 3e10
+    return 6.5e10 if apart or G == 4 else 1e12
 
 
-def split_backward(D: int, DV: int) -> float:
+def split_backward(G: int, D: int, DV: int, causal: bool) -> float:
     """The same, again in forward, for a split backward."""
-    return 1e11 if max(D, DV) <= 64 else 5e10
+    if max(D, DV) > 64:
+        return 5e10 if G == 1 else 1.5e10
+    return 1e11 if causal else 3e10
 
 
 class Tile(NamedTuple):

@@ -171,9 +171,15 @@ def flex(x: Inputs, case: Case) -> Passes:
         out = attention(q.transpose(1, 2), keys, values, block_mask=blocks, enable_gqa=case.G > 1)
         return out.transpose(1, 2)
 
-    with functorch.patch(donated_buffer=False):  # they would serve one backward
+    def backward() -> tuple[Tensor, ...]:
+        # Donated buffers would serve one backward. A patch holds in its own thread, so stay in it.
+        one_thread = torch.autograd.set_multithreading_enabled(False)
+        with one_thread, functorch.patch(donated_buffer=False):
+            return torch.autograd.grad(out, leaves, x.dout, retain_graph=True)
+
+    with functorch.patch(donated_buffer=False):
         out = forward()
-    return Passes(forward, lambda: torch.autograd.grad(out, leaves, x.dout, retain_graph=True))
+    return Passes(forward, backward)
 
 
 def authors(x: Inputs, case: Case) -> Passes:
