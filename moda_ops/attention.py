@@ -89,12 +89,13 @@ def moda_attention(
         softcap: c > 0 replaces each score x, of both kinds, by c * tanh(x / c).
         plan: on a GPU, "fused" runs Triton kernels alone; "split" leaves the sequence to the
             library behind ``scaled_dot_product_attention`` and runs Triton kernels for depth;
-            "auto" splits passes over long sequences, where cuDNN takes them and was measured to be
-            faster (``moda-ops doctor`` shows examples). cuDNN takes about a tenth of a second for
-            each new shape: "fused" suits lengths that never repeat. Results are the same up to
-            rounding; those of a split backward may differ from run to run, as the library's do,
-            unless ``torch.use_deterministic_algorithms`` is on. Backward passes that a library
-            cannot do, as of a gradient through ``lse``, are fused. On a CPU all plans are one.
+            "auto" splits passes with much arithmetic in the sequence, where cuDNN takes them and
+            was measured to be faster (``moda-ops doctor`` shows examples). cuDNN takes about a
+            tenth of a second for each new shape: "fused" suits lengths that never repeat. Results
+            are the same up to rounding; those of a split backward may differ from run to run, as
+            the library's do, unless ``torch.use_deterministic_algorithms`` is on. Backward passes
+            that a library cannot do, as of a gradient through ``lse``, are fused. On a CPU all
+            plans are one.
         return_lse: also return ``lse``.
 
     Returns:

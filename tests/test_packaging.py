@@ -41,7 +41,8 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     for name in ("moda_ops", "kernels", "reference"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     with tarfile.open(build("sdist", tree, folder)) as sdist:
-        sdist.extractall(folder, filter="data")
+        sdist.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on
+        sdist.extractall(folder)
     (unpacked,) = folder.glob("moda_ops-*/")
     return zipfile.ZipFile(build("wheel", unpacked, folder)).namelist()
 

@@ -2,7 +2,7 @@
 
 Measured on an H100 (docs/performance.md) for head dim 64 in bfloat16; the rest is scaled from there
 by what a block keeps in registers and shared memory. The tests compile for Ada and consumer Blackwell, which
-have the least shared memory; how fast any GPU but the H100 is has not been measured.
+have the least shared memory; nothing was tuned on any other GPU (an H200's times: docs/performance.md).
 """
 
 from functools import lru_cache
@@ -168,7 +168,7 @@ def backward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> DepthTil
 
 
 def depth_mass_tile(dtype: torch.dtype, G: int, D: int) -> DepthTile:
-    """A token by a warp, as in the forward over depth; wide groups go by in parts. Not measured yet."""
+    """A token by a warp, as in the forward over depth; wide groups go by in parts."""
     width = block_dim(D)
     if dtype is torch.float32:
         return DepthTile(1, 16, 16, 4, 1)
