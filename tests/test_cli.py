@@ -208,7 +208,7 @@ def test_doctor_says_why_a_shape_gets_its_plan(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(library, "select", lambda *tensors: "cudnn")
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    rows = dict(doctor.plans(torch.device("cpu"), torch.float32))
+    rows = dict(doctor.plans(torch.device("cpu"), torch.bfloat16))
     fused = "fused (too little arithmetic for a library to gain)"
     assert rows["T=2048 G=2 L=47 D=64"] == f"9 GFLOP: forward {fused}, backward {fused}"
     split = "split (cudnn covers it)"

@@ -29,8 +29,9 @@ def measurements(recorded: dict) -> dict[Case, dict[tuple[str, str], float]]:
         for case in run["cases"]:
             shape = tuple(case[name] for name in "TGHLD")
             for row in case["rows"]:
-                for part in (part for part in PASSES if f"{part}_ms" in row):
-                    times[shape][row["contender"], part].append(row[f"{part}_ms"])
+                for part in PASSES:
+                    if f"{part}_ms" in row:
+                        times[shape][row["contender"], part].append(row[f"{part}_ms"])
     return {
         shape: {key: median(values) for key, values in rows.items()}
         for shape, rows in times.items()

@@ -28,7 +28,7 @@ class Plan(NamedTuple):
     reason: str
 
 
-def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor, apart: bool = False) -> Plan:
+def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor, apart: bool) -> Plan:
     """Raise ValueError if ``plan`` is "split" and this call cannot be. ``apart``: a fused forward is two kernels."""
     most = tuning.split_forward(p.G, p.D, p.DV, p.causal, apart)
     chosen = _by_choice(plan, p, most) or _split(plan, p, q, k, v)

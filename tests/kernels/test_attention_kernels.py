@@ -199,9 +199,9 @@ def test_the_order_of_programs_makes_no_difference(G, T, monkeypatch, device):
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
 
 
-def test_programs_are_mixed_where_that_was_faster(monkeypatch):
+@pytest.mark.usefixtures("h100")
+def test_programs_are_mixed_where_that_was_faster():
     """Rows of docs/performance.md: B H tiles programs, D, packed or a list."""
-    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 132)
     faster = {(1024, 64, True), (2048, 64, True), (512, 64, True)}
     slower = {(4096, 64, True), (8192, 64, True), (1024, 128, True), (1024, 64, False)}
     for programs, D, packed in faster | slower:
@@ -209,16 +209,14 @@ def test_programs_are_mixed_where_that_was_faster(monkeypatch):
         assert mixed == ((programs, D, packed) in faster), (programs, D, packed)
 
 
-def test_depth_goes_apart_where_sums_cost_more_than_a_pass(monkeypatch):
-    monkeypatch.setattr(tuning, "shared_memory", lambda device: 232_448)
-    tuning.forward_apart.cache_clear()
+@pytest.mark.usefixtures("h100")
+def test_depth_goes_apart_where_sums_cost_more_than_a_pass():
     sizes = itertools.product((1, 2, 3, 4, 6, 8, 12, 16), (True, False))
     apart = {
         (G, packed)
         for G, packed in sizes
         if tuning.forward_apart(torch.device("cpu"), torch.float16, G, 64, 64, packed)
     }
-    tuning.forward_apart.cache_clear()
     assert apart == {(G, packed) for G in (3, 6, 12) for packed in (True, False)} | {(4, False)}
 
 

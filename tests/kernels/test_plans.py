@@ -62,7 +62,7 @@ def test_split_matches_reference(B, T, S, G, H, D, L, form, dtype, device):
     def run(inputs, dout, dlse):
         p = problem(*inputs[:4], *options[:4])
         assert None not in (
-            forward_plan("split", p, *inputs[:3]).library,
+            forward_plan("split", p, *inputs[:3], False).library,
             backward_plan("split", p, *inputs[:3], None).library,
         )
         out, lse = moda_kernels.attention(*inputs, *options)
@@ -138,15 +138,6 @@ def cudnn(monkeypatch):
     monkeypatch.setattr(library, "select", lambda *tensors: "cudnn")
 
 
-@pytest.fixture
-def h100(monkeypatch):
-    """Block sizes and kernels as there."""
-    monkeypatch.setattr(tuning, "shared_memory", lambda device: 232_448)
-    tuning.forward_apart.cache_clear()
-    yield
-    tuning.forward_apart.cache_clear()
-
-
 @pytest.mark.usefixtures("cudnn", "h100")
 def test_auto_is_near_the_faster_plan_at_every_measured_shape(device):
     """Both were timed in one run; what "auto" loses is at most 8%, and 0.4% on average."""
@@ -214,9 +205,9 @@ def test_auto_splits_for_cudnn_alone(device, monkeypatch):
     p, q_k_v = causal_problem(), tensors(device)
     monkeypatch.setattr(library, "select", lambda *tensors: "flash")
     reason = "flash has not been measured to be faster"
-    assert forward_plan("auto", p, *q_k_v) == (None, reason)
+    assert forward_plan("auto", p, *q_k_v, False) == (None, reason)
     assert backward_plan("auto", p, *q_k_v, None) == (None, reason)
-    assert forward_plan("split", p, *q_k_v) == ("flash", "flash covers it")
+    assert forward_plan("split", p, *q_k_v, False) == ("flash", "flash covers it")
 
 
 @pytest.mark.parametrize(
@@ -230,13 +221,13 @@ def test_auto_splits_for_cudnn_alone(device, monkeypatch):
 )
 def test_what_no_library_covers_is_fused(changes, reason, device):
     p, q_k_v = causal_problem(**changes), tensors(device)
-    assert forward_plan("auto", p, *q_k_v) == (None, reason)
+    assert forward_plan("auto", p, *q_k_v, False) == (None, reason)
     assert backward_plan("split", p, *q_k_v, None) == (None, reason)
-    assert forward_plan("fused", p, *q_k_v).library is None
+    assert forward_plan("fused", p, *q_k_v, False).library is None
     with pytest.raises(
         ValueError, match="plan must be 'auto' or 'fused' for this call, got 'split'"
     ):
-        forward_plan("split", p, *q_k_v)
+        forward_plan("split", p, *q_k_v, False)
 
 
 def test_backward_is_fused_where_only_forward_is_covered(device, monkeypatch):
@@ -245,7 +236,7 @@ def test_backward_is_fused_where_only_forward_is_covered(device, monkeypatch):
     assert backward_plan("split", p, *q_k_v, q_k_v[0]).library is None
     wide = backward_plan("split", p._replace(G=64, D=256, DV=256), *q_k_v, None)
     assert wide == (None, "at this head dim a group of 64 goes by in parts")
-    assert forward_plan("split", p, *q_k_v).library is not None
+    assert forward_plan("split", p, *q_k_v, False).library is not None
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert "deterministic" in backward_plan("split", p, *q_k_v, None).reason
 
@@ -253,7 +244,7 @@ def test_backward_is_fused_where_only_forward_is_covered(device, monkeypatch):
 @pytest.mark.gpu
 def test_libraries_want_16_bit_dtypes_and_aligned_rows():
     p = causal_problem()
-    assert forward_plan("auto", p, *tensors("cuda")).library is not None
+    assert forward_plan("auto", p, *tensors("cuda"), False).library is not None
     for q_k_v in (tensors("cuda", torch.float32), tensors("cuda", offset=1)):
         reason = "no library takes tensors of this dtype, head dim or alignment"
-        assert forward_plan("auto", p, *q_k_v) == (None, reason)
+        assert forward_plan("auto", p, *q_k_v, False) == (None, reason)
