@@ -17,7 +17,9 @@ DTYPES = {
 def report() -> bool:
     """Print the report; True if every self-check passed."""
     _row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("moda-ops", "torch", "triton", "numpy"):
+    _row("moda-ops", _version("moda-ops"))
+    _row("torch", torch.__version__)  # whose build, +cpu or +cu130, its package may not tell
+    for package in ("triton", "numpy"):
         _row(package, _version(package))
     click.echo()
     _row("cpu tensors", "plain PyTorch (moda_ops.eager): the only implementation for a CPU")

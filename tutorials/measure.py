@@ -1,6 +1,7 @@
 """How the notebooks measure, and where figures of other machines are kept."""
 
 import json
+import logging
 import os
 import platform
 import re
@@ -9,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
+
+# With a CUDA build beside nvcc but no GPU, the import says that CUDA_HOME is of no use.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+from torch.utils.benchmark import Timer  # noqa: E402
 
 FOLDER = Path(__file__).parent / "measurements"
 
