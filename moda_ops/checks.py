@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from moda_ops.ops import Options
 
 MAX_HEAD_DIM = 256
-MAX_CAPACITY = 2**31 - 2**20  # of a cache, in tokens; leaves room for what is added to positions
+MAX_CAPACITY = 2**30 - 2**20  # of a cache, in tokens; leaves room for what is added to positions
 Plan = Literal["auto", "fused", "split"]
 PLANS = get_args(Plan)
 DTYPES = {

@@ -60,7 +60,7 @@ CASES = [
     (PAGED | dict(block_table=zeros(B, COLUMNS)), TypeError, "block_table must have dtype torch.int32, got torch.float32"),
     (PAGED | dict(block_table=zeros(COLUMNS, B, dtype=torch.int32).T), ValueError, "block_table must be contiguous in its last dimension (stride 1), got strides (1, 2); call .contiguous() if a copy is acceptable"),
     (PAGED | dict(k_cache=zeros(PAGES, 0, H, D), v_cache=zeros(PAGES, 0, H, DV)), ValueError, "k_cache must have a page_size of at least 1, got 0"),
-    (dict(k_cache=zeros(1, 1, H, D).expand(B, 2**31, H, D), v_cache=zeros(1, 1, H, DV).expand(B, 2**31, H, DV)), ValueError, "S_max must be at most 2146435072: positions are int32, got 2147483648"),
+    (dict(k_cache=zeros(1, 1, H, D).expand(B, 2**31, H, D), v_cache=zeros(1, 1, H, DV).expand(B, 2**31, H, DV)), ValueError, "S_max must be at most 1072693248: positions are int32, got 2147483648"),
     (dict(scale="1"), TypeError, "scale must be a number or None, got '1'"),
     (dict(softcap=-1.0), ValueError, "softcap must be a positive finite number, got -1.0"),
     (dict(window=-1), ValueError, "window sides must be >= 0 (None is unbounded), got -1"),

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import LOG2E, base2_scores, chunk_mask, load_rows, slot_rows, softcap_slope
+from moda_kernels.common import base2_log_p, base2_scores, chunk_mask, load_rows, slot_rows, softcap_slope
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 
@@ -57,11 +57,11 @@ def _moda_backward_chunk_dkv_kernel(
         dout_rows = dout_base + t * dout_strides[1] + g * dout_strides[2]
         q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)  # [BLOCK_M, BLOCK_D]
         dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
-        lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf")) * LOG2E
+        lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf"))
         delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
         scores = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)
         seen = chunk_mask(offs_t[None, :], owners[:, None], chunk)
-        p = tl.exp2(tl.where(seen, scores - lse[None, :], float("-inf")))  # [BLOCK_N, BLOCK_M]
+        p = tl.exp2(tl.where(seen, base2_log_p(scores, lse[None, :], q.dtype), float("-inf")))  # [BLOCK_N, BLOCK_M]
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
         if softcap is not None:

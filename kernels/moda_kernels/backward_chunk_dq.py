@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import LOG2E, base2_scores, chunk_mask, load_rows, slot_rows, softcap_slope
+from moda_kernels.common import base2_log_p, base2_scores, chunk_mask, load_rows, slot_rows, softcap_slope
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 
@@ -39,7 +39,7 @@ def _moda_backward_chunk_dq_kernel(
     dout_rows = dout_ptr + b * dout_strides[0] + t * dout_strides[1] + h * dout_strides[2]
     q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)
     dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
-    lse = tl.load(lse_ptr + (b * H * G + h) * T + t, mask=row_ok, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + (b * H * G + h) * T + t, mask=row_ok, other=float("inf"))
     delta = tl.load(delta_ptr + (b * H * G + h) * T + t, mask=row_ok, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
@@ -55,7 +55,7 @@ def _moda_backward_chunk_dq_kernel(
         v = load_rows(v_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV)
         scores = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
         seen = chunk_mask(offs_t[:, None], owners[None, :], chunk)
-        p = tl.exp2(tl.where(seen, scores - lse[:, None], float("-inf")))  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(tl.where(seen, base2_log_p(scores, lse[:, None], q.dtype), float("-inf")))  # [BLOCK_M, BLOCK_N]
         ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
         if softcap is not None:
             ds *= softcap_slope(scores, softcap)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moda_kernels import tuning
 from moda_kernels.backward_delta import launch_delta
-from moda_kernels.common import LOG2E, base2_scores, load_rows, slot_rows, softcap_slope
+from moda_kernels.common import base2_log_p, base2_scores, load_rows, slot_rows, softcap_slope
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 
@@ -37,7 +37,7 @@ def _load_heads(
     q = load_rows((q_base + g * stride_qh)[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
     dout_ptrs = (dout_base + g * stride_doh)[:, :, None] + offs_dv[None, None, :]
     dout = load_rows(dout_ptrs, ok, offs_dv, DV)
-    lse = tl.load(lse_base + g * T + offs_t[:, None], mask=ok, other=float("inf")) * LOG2E
+    lse = tl.load(lse_base + g * T + offs_t[:, None], mask=ok, other=float("inf"))
     return q, dout, lse
 
 
@@ -128,7 +128,8 @@ def _moda_backward_depth_kernel(
                 delta = tl.load(delta_base + heads * T + offs_t[:, None], mask=heads_ok, other=0.0)
             qk = tl.dot(k, tl.permute(q, (0, 2, 1)), input_precision="ieee")
             scores = base2_scores(qk, scale, softcap)  # [BLOCK_T, BLOCK_L, BLOCK_G]
-            p = tl.exp2(tl.where(l_ok[None, :, None], scores - lse[:, None, :], float("-inf")))
+            log_p = base2_log_p(scores, lse[:, None, :], dtype)
+            p = tl.exp2(tl.where(l_ok[None, :, None], log_p, float("-inf")))
             dp = tl.dot(v, tl.permute(dout, (0, 2, 1)), input_precision="ieee")
             ds = p * (dp - delta[:, None, :])
             if softcap is not None:

@@ -15,12 +15,14 @@ from torch import Tensor
 from moda_kernels import tuning
 from moda_kernels.bands import Bands
 from moda_kernels.common import (
-    LOG2E,
     band_mask,
+    base2_log_p,
     base2_scores,
     load_rows,
+    masked_blocks,
     softcap_slope,
     token_range,
+    tokens_seeing,
 )
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 
@@ -39,21 +41,21 @@ def _store_gradient(grad_ptr, strides, running_ptr, running_strides, grad, b, n,
 @triton.jit
 def _sum_over_rows(
     dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, turn, end_turn, blocks, begin, end,
-    inner_end, part, PARTS, bands, offs_n, T, S, scale, left, right, softcap, G: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, BLOCK_M: tl.constexpr, EDGE: tl.constexpr,
+    part, PARTS, bands, offs_n, first_key, last_key, T, S, scale, left, right, softcap, G: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """dk plus sum ds q and dv plus sum p dout over blocks of rows, which take turns last, first, second, ...
-
-    EDGE blocks may hold rows that do not see all keys, or end past the last row; of the others, those that
-    end past inner_end hold rows too far right of some keys.
+    """dk plus sum ds q and dv plus sum p dout over blocks of the rows begin..end, from ``turn`` on and past the
+    last one to the first: EDGE blocks may hold rows that do not see all keys.
     """
     offs_d = tl.arange(0, k.shape[1])
     offs_dv = tl.arange(0, v.shape[1])
     for i in range(turn, end_turn):
-        start = begin + ((i + blocks - 1) % blocks if EDGE else i - 1) * BLOCK_M
+        start = begin + (tl.where(i < blocks, i, i - blocks) if EDGE else i) * BLOCK_M
         rows = start + tl.arange(0, BLOCK_M)
-        row_ok = rows < end if EDGE else None
         offs_t = rows // G * PARTS + part
+        row_ok = rows < end if EDGE else None
+        if EDGE and bands is not None:
+            row_ok = row_ok & tokens_seeing(bands, offs_t, first_key, last_key, T, S)
         t = offs_t.to(tl.int64)
         g = (rows % G).to(tl.int64)
         q_rows = q_base + t * q_strides[1] + g * q_strides[2]
@@ -61,25 +63,23 @@ def _sum_over_rows(
         q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)  # [BLOCK_M, BLOCK_D]
         dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
         if EDGE:
-            lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf")) * LOG2E
+            lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf"))
             delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
         else:
-            lse = tl.load(lse_base + g * T + t) * LOG2E
+            lse = tl.load(lse_base + g * T + t)
             delta = tl.load(delta_base + g * T + t)
         scores = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)
-        log_p = scores - lse[None, :]  # [BLOCK_N, BLOCK_M], base 2
+        log_p = base2_log_p(scores, lse[None, :], k.dtype)  # [BLOCK_N, BLOCK_M]
         if EDGE:
             seen = band_mask(bands, offs_t[None, :], offs_n[:, None], T, S, left, right)
             log_p = tl.where(seen, log_p, float("-inf"))
-        elif left is not None or bands is not None:
-            if start + BLOCK_M > inner_end:
-                seen = band_mask(bands, offs_t[None, :], offs_n[:, None], T, S, left, None)
-                log_p = tl.where(seen, log_p, float("-inf"))
         p = tl.exp2(log_p)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
         if softcap is not None:
             ds *= softcap_slope(scores, softcap)
+        if EDGE:
+            ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -123,16 +123,16 @@ def _moda_backward_dkv_kernel(
     inner_begin = tl.cdiv(inner_begin - part, PARTS) * G
     end = tl.cdiv(end - part, PARTS) * G
     inner_end = tl.cdiv(inner_end - part, PARTS) * G
-    # The edge goes first and has a block if there are any: see "Two loops" in docs/design.md.
-    blocks = tl.cdiv(end - begin, BLOCK_M)
-    edges = tl.minimum(tl.cdiv(tl.maximum(inner_begin - begin, 0), BLOCK_M) + 1, blocks)
+    blocks, first, last = masked_blocks(begin, inner_begin, inner_end, end, BLOCK_M)
     dk, dv = _sum_over_rows(
-        dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, 0, edges, blocks, begin, end,
-        inner_end, part, PARTS, bands, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, True,
+        dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, last, blocks + first, blocks,
+        begin, end, part, PARTS, bands, offs_n, start_n, last_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M,
+        True,
     )  # fmt: skip
     dk, dv = _sum_over_rows(
-        dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, edges, blocks, blocks, begin, end,
-        inner_end, part, PARTS, bands, offs_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M, False,
+        dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, first, last, blocks,
+        begin, end, part, PARTS, bands, offs_n, start_n, last_n, T, S, scale, left, right, softcap, G, D, DV, BLOCK_M,
+        False,
     )  # fmt: skip
 
     dk *= scale

@@ -12,11 +12,13 @@ from torch import Tensor
 from moda_kernels import tuning
 from moda_kernels.bands import Bands
 from moda_kernels.common import (
-    LOG2E,
     band_mask,
+    base2_log_p,
     base2_scores,
     key_range,
+    keys_seen,
     load_rows,
+    masked_blocks,
     softcap_slope,
 )
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
@@ -24,35 +26,37 @@ from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 
 @triton.jit
 def _sum_over_keys(
-    dq, q, dout, lse, delta, k_base, v_base, stride_k, stride_v, begin, inner_begin, end, bands, offs_t, T, S,
-    scale, left, right, softcap, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+    dq, q, dout, lse, delta, k_base, v_base, stride_k, stride_v, turn, end_turn, blocks, begin, end, first_token,
+    last_token, bands, offs_t, T, S, scale, left, right, softcap, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """dq plus sum ds k over keys begin..end: EDGE blocks may end past what some rows see, or past S; of the
-    others, those that start before inner_begin hold keys too far left for some rows.
+    """dq plus sum ds k over blocks of the keys begin..end, from ``turn`` on and past the last one to the first:
+    EDGE blocks may hold keys that some rows do not see.
     """
     offs_d = tl.arange(0, q.shape[1])
     offs_dv = tl.arange(0, dout.shape[1])
     block = tl.arange(0, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
+    k_block = k_base + block.to(tl.int64) * stride_k
+    v_block = v_base + block.to(tl.int64) * stride_v
+    for i in range(turn, end_turn):
+        start = begin + (tl.where(i < blocks, i, i - blocks) if EDGE else i) * BLOCK_N
         offs_n = start + block
-        key_ok = offs_n < S if EDGE else None
-        k_rows = k_base + tl.cast(start, tl.int64) * stride_k + block * stride_k
-        v_rows = v_base + tl.cast(start, tl.int64) * stride_v + block * stride_v
+        key_ok = keys_seen(bands, offs_n, first_token, last_token, T, S, left, end) if EDGE else None
+        k_rows = k_block + tl.cast(start, tl.int64) * stride_k
+        v_rows = v_block + tl.cast(start, tl.int64) * stride_v
         k = load_rows(k_rows[:, None] + offs_d[None, :], key_ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_rows[:, None] + offs_dv[None, :], key_ok, offs_dv, DV)
         scores = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
-        log_p = scores - lse[:, None]  # [BLOCK_M, BLOCK_N], base 2
+        log_p = base2_log_p(scores, lse[:, None], q.dtype)  # [BLOCK_M, BLOCK_N]
         if EDGE:
             seen = band_mask(bands, offs_t[:, None], offs_n[None, :], T, S, left, right)
             log_p = tl.where(seen, log_p, float("-inf"))
-        elif left is not None or bands is not None:
-            if start < inner_begin:
-                seen = band_mask(bands, offs_t[:, None], offs_n[None, :], T, S, left, None)
-                log_p = tl.where(seen, log_p, float("-inf"))
         p = tl.exp2(log_p)
         ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
         if softcap is not None:
             ds *= softcap_slope(scores, softcap)
+        if EDGE:
+            ds = tl.where(seen, ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
@@ -80,24 +84,23 @@ def _moda_backward_dq_kernel(
     dout_rows = dout_ptr + b * dout_strides[0] + t * dout_strides[1] + h * dout_strides[2]
     q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)
     dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
-    lse = tl.load(lse_ptr + (b * H * G + h) * T + t, mask=row_ok, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + (b * H * G + h) * T + t, mask=row_ok, other=float("inf"))
     delta = tl.load(delta_ptr + (b * H * G + h) * T + t, mask=row_ok, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     k_base = k_ptr + b * k_strides[0] + j * k_strides[2]
     v_base = v_ptr + b * v_strides[0] + j * v_strides[2]
-    first = tile * BLOCK_M // G
-    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
-    begin, inner_begin, inner_end, end = key_range(bands, first, last, T, S, left, right, BLOCK_N)
-    # The edge goes first and has a block even where it needs none: see "Two loops" in docs/design.md.
-    edge = tl.maximum(tl.minimum(inner_end, end - 1) // BLOCK_N * BLOCK_N, begin)
+    first_token = tile * BLOCK_M // G
+    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+    begin, inner_begin, inner_end, end = key_range(bands, first_token, last_token, T, S, left, right, BLOCK_N)
+    blocks, first, last = masked_blocks(begin, inner_begin, inner_end, end, BLOCK_N)
     dq = _sum_over_keys(
-        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], edge, inner_begin, end, bands, offs_t, T, S,
-        scale, left, right, softcap, D, DV, BLOCK_N, True,
+        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], last, blocks + first, blocks, begin, end,
+        first_token, last_token, bands, offs_t, T, S, scale, left, right, softcap, D, DV, BLOCK_N, True,
     )  # fmt: skip
     dq = _sum_over_keys(
-        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], begin, inner_begin, edge, bands, offs_t, T, S,
-        scale, left, right, softcap, D, DV, BLOCK_N, False,
+        dq, q, dout, lse, delta, k_base, v_base, k_strides[1], v_strides[1], first, last, blocks, begin, end,
+        first_token, last_token, bands, offs_t, T, S, scale, left, right, softcap, D, DV, BLOCK_N, False,
     )  # fmt: skip
 
     offsets = ((b * T + t) * (H * G) + h)[:, None] * D + offs_d[None, :]

@@ -15,13 +15,19 @@ Bands = tuple[Tensor, Tensor, Tensor, Tensor] | None
 
 
 @triton.jit
-def _document(cu_ptr, documents, index):
+def _start(cu_ptr, document, tokens):
+    """Where a document starts; within the tensors, whatever the table says."""
+    return tl.minimum(tl.maximum(tl.load(cu_ptr + document), 0), tokens)
+
+
+@triton.jit
+def _document(cu_ptr, documents, index, tokens):
     """The last document that starts at or before ``index``; an empty one only if nothing else is there."""
     low = tl.zeros_like(index)
     high = low + documents  # cu[low] <= index < cu[high], but past the end
     for _ in range(0, 32):
         middle = (low + high) // 2
-        starts = tl.load(cu_ptr + middle) <= index
+        starts = _start(cu_ptr, middle, tokens) <= index
         low = tl.where(starts & (middle > low), middle, low)
         high = tl.where(starts, high, middle)
     return low
@@ -34,37 +40,37 @@ def _moda_bands_kernel(
 ):  # fmt: skip
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
 
-    d = _document(cu_q_ptr, documents, index)
+    d = _document(cu_q_ptr, documents, index, T)
     following = tl.minimum(d + 1, documents)  # d + 1, unless there is no document at all
-    begin = tl.load(cu_k_ptr + d)
-    end = tl.load(cu_k_ptr + following)
-    position = index + end - tl.load(cu_q_ptr + following)
+    begin = _start(cu_k_ptr, d, S)
+    end = _start(cu_k_ptr, following, S)
+    position = index + end - _start(cu_q_ptr, following, T)
     first = begin
     last = end - 1
     if left is not None:
         first = tl.minimum(tl.maximum(begin, position - left), end)
     if right is not None:
         last = tl.maximum(tl.minimum(last, position + right), begin - 1)
-    inside = index < tl.load(cu_q_ptr + documents)  # what follows the last document sees nothing
-    first = tl.where(inside, first, end)
-    last = tl.where(inside, last, end - 1)
+    after = index >= _start(cu_q_ptr, documents, T)  # sees nothing
+    first = tl.where(after, end, first)
+    last = tl.where(after, end - 1, tl.where(index < _start(cu_q_ptr, 0, T), begin - 1, last))
     tl.store(first_key_ptr + index, first, mask=index < T)
     tl.store(last_key_ptr + index, last, mask=index < T)
 
-    d = _document(cu_k_ptr, documents, index)
+    d = _document(cu_k_ptr, documents, index, S)
     following = tl.minimum(d + 1, documents)
-    begin = tl.load(cu_q_ptr + d)
-    end = tl.load(cu_q_ptr + following)
-    token = index + end - tl.load(cu_k_ptr + following)
+    begin = _start(cu_q_ptr, d, T)
+    end = _start(cu_q_ptr, following, T)
+    token = index + end - _start(cu_k_ptr, following, S)
     first = begin
     last = end - 1
     if right is not None:
         first = tl.minimum(tl.maximum(begin, token - right), end)
     if left is not None:
         last = tl.maximum(tl.minimum(last, token + left), begin - 1)
-    inside = index < tl.load(cu_k_ptr + documents)
-    first = tl.where(inside, first, end)
-    last = tl.where(inside, last, end - 1)
+    after = index >= _start(cu_k_ptr, documents, S)  # sees nothing
+    first = tl.where(after, end, first)
+    last = tl.where(after, end - 1, tl.where(index < _start(cu_k_ptr, 0, S), begin - 1, last))
     tl.store(first_token_ptr + index, first, mask=index < S)
     tl.store(last_token_ptr + index, last, mask=index < S)
 

@@ -113,6 +113,41 @@ def token_range(bands, first, last, T, S, left, right):
 
 
 @triton.jit
+def masked_blocks(begin, inner_begin, inner_end, end, BLOCK: tl.constexpr):
+    """Which blocks of begin..end need a mask, where [inner_begin, inner_end) needs none: (blocks, first, last) for
+    blocks 0..first and last..blocks. One at the end does in any case: see "Two loops" in docs/design.md.
+    """
+    blocks = tl.cdiv(tl.maximum(end - begin, 0), BLOCK)
+    last = tl.maximum(tl.minimum(inner_end, end - 1) - begin, 0) // BLOCK
+    first = tl.minimum(tl.cdiv(tl.maximum(inner_begin - begin, 0), BLOCK), last)
+    return blocks, first, last
+
+
+@triton.jit
+def keys_seen(bands, keys, first, last, T, S, left, end):
+    """Which keys at least one of the tokens first..last sees; no key from ``end`` on.
+
+    The others may hold anything, and 0 times NaN is NaN: they must not be loaded.
+    """
+    if bands is not None:
+        first_token = tl.load(bands[2] + keys, mask=keys < S, other=T)
+        last_token = tl.load(bands[3] + keys, mask=keys < S, other=-1)
+        return tl.maximum(first_token, first) <= tl.minimum(last_token, last)
+    elif left is not None:
+        return (keys >= first + (S - T) - left) & (keys < end)
+    else:
+        return keys < end
+
+
+@triton.jit
+def tokens_seeing(bands, tokens, first, last, T, S):
+    """Of packed documents, which tokens see at least one of the keys first..last."""
+    first_key = tl.load(bands[0] + tokens, mask=tokens < T, other=S)
+    last_key = tl.load(bands[1] + tokens, mask=tokens < T, other=-1)
+    return tl.maximum(first_key, first) <= tl.minimum(last_key, last)
+
+
+@triton.jit
 def online_softmax(m_i, l_i, scores):
     """Take in scores along the last axis: new (m_i, l_i), the factor for what came before, and p."""
     axis: tl.constexpr = len(scores.shape) - 1
@@ -121,6 +156,34 @@ def online_softmax(m_i, l_i, scores):
     alpha = tl.exp2(m_i - shift)
     p = tl.exp2(scores - tl.expand_dims(shift, axis))
     return m_new, l_i * alpha + tl.sum(p, axis), alpha, p
+
+
+@triton.jit
+def base2_lse(lse, dtype: tl.constexpr):
+    """log2(e) times a natural-log lse, and what rounding took from it, which float32 inputs would notice."""
+    if dtype == tl.float32:
+        finite = tl.abs(lse) < float("inf")
+        exact = tl.where(finite, lse, 0.0).to(tl.float64) * LOG2E
+        high = exact.to(tl.float32)
+        return tl.where(finite, high, lse), (exact - high).to(tl.float32)
+    else:
+        return lse * LOG2E, tl.zeros_like(lse)
+
+
+@triton.jit
+def base2_log_p(scores, lse, dtype: tl.constexpr):
+    """log2 of the probabilities of base-2 scores; ``lse``, natural, broadcasts against them."""
+    high, low = base2_lse(lse, dtype)
+    return scores - high - low
+
+
+@triton.jit
+def natural_lse(m_i, l_i, dtype: tl.constexpr):
+    """The natural-log lse of an online softmax's base-2 state; rounded once for float32 inputs."""
+    if dtype == tl.float32:
+        return ((m_i.to(tl.float64) + tl.log2(l_i).to(tl.float64)) * LN2).to(tl.float32)
+    else:
+        return (m_i + tl.log2(l_i)) * LN2
 
 
 @triton.jit

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from moda_kernels import tuning
 from moda_kernels.common import (
-    LN2,
     band_mask,
     base2_scores,
     cache_places,
     key_range,
     load_rows,
+    natural_lse,
     online_softmax,
     skip_slots,
 )
@@ -144,7 +144,8 @@ def _moda_decode_split_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    origin = tl.load(seqlens_ptr + b)  # the first token's position
+    # The first token's position; whatever the length is, sums with it stay within 32 bits.
+    origin = tl.minimum(tl.maximum(tl.load(seqlens_ptr + b), -(2**29)), 2**30)
     if k_new_ptr is None:
         origin -= T
     first = origin + first_token
@@ -181,7 +182,7 @@ def _moda_decode_split_kernel(
         (acc / l_safe[:, None]).to(outs_ptr.dtype.element_ty),
         mask=row_ok[:, None] & (offs_dv < DV)[None, :],
     )
-    tl.store(lses_ptr + (part * H * G + query_head) * T + offs_t, (m_i + tl.log2(l_safe)) * LN2, mask=row_ok)
+    tl.store(lses_ptr + (part * H * G + query_head) * T + offs_t, natural_lse(m_i, l_safe, q.dtype), mask=row_ok)
 
 
 @prepared

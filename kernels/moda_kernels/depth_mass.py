@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import LOG2E, base2_scores, load_rows, slot_rows
+from moda_kernels.common import base2_log_p, base2_scores, load_rows, slot_rows
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 
@@ -52,10 +52,11 @@ def _moda_depth_mass_kernel(
                 k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], k_ok, offs_d, D)
                 lse_ptrs = lse_ptr + b * stride_lb + h[None, :] * stride_lh + t * stride_lt
                 lse = tl.load(lse_ptrs, mask=rows_ok, other=float("inf"))
-                lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+                lse = tl.where(lse == float("-inf"), float("inf"), lse)[:, :, None]
                 qk = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
                 scores = base2_scores(qk, scale, softcap)  # [BLOCK_T, BLOCK_G, BLOCK_L]
-                acc += tl.sum(tl.exp2(scores - lse[:, :, None]), 0)
+                p = tl.exp2(base2_log_p(scores, lse, dtype))
+                acc += tl.sum(tl.where(lse < float("inf"), p, 0.0), 0)  # a row that sees nothing may hold NaN
             sums = runs_ptr + ((tl.cast(run, tl.int64) * B + b) * (H * G) + h[:, None]) * L + offs_l[None, :]
             tl.store(sums, acc / T, mask=g_ok[:, None] & l_ok[None, :])
 

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from moda_kernels import tuning
 from moda_kernels.bands import Bands
-from moda_kernels.common import LN2, band_mask, base2_scores, key_range, load_rows, online_softmax
+from moda_kernels.common import (
+    band_mask,
+    base2_scores,
+    key_range,
+    keys_seen,
+    load_rows,
+    masked_blocks,
+    natural_lse,
+    online_softmax,
+)
 from moda_kernels.forward_chunk import attend_chunk
 from moda_kernels.forward_depth import attend_depth
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
@@ -23,20 +32,24 @@ from moda_kernels.slots import DepthLayout, depth_pointers
 
 @triton.jit
 def _attend_sequence(
-    q, m_i, l_i, acc, k_base, v_base, stride_k, stride_v, begin, inner_begin, end, bands, offs_t, T, S,
-    scale, left, right, softcap, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+    q, m_i, l_i, acc, k_base, v_base, stride_k, stride_v, turn, end_turn, blocks, begin, end, first_token, last_token,
+    bands, offs_t, T, S, scale, left, right, softcap, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys begin..end: EDGE blocks may end past what some rows see, or past S;
-    of the others, those that start before inner_begin hold keys too far left for some rows.
+    """The online softmax over blocks of the keys begin..end, from ``turn`` on and past the last one to the first:
+    EDGE blocks may hold keys that some rows do not see.
     """
     offs_d = tl.arange(0, q.shape[1])
     offs_dv = tl.arange(0, acc.shape[1])
     block = tl.arange(0, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
+    k_block = k_base + block.to(tl.int64) * stride_k
+    v_block = v_base + block.to(tl.int64) * stride_v
+    for i in range(turn, end_turn):
+        start = begin + (tl.where(i < blocks, i, i - blocks) if EDGE else i) * BLOCK_N
         offs_n = start + block
-        key_ok = offs_n < S if EDGE else None
-        k_rows = k_base + tl.cast(start, tl.int64) * stride_k + block * stride_k
-        v_rows = v_base + tl.cast(start, tl.int64) * stride_v + block * stride_v
+        key_ok = keys_seen(bands, offs_n, first_token, last_token, T, S, left, end) if EDGE else None
+        k_rows = k_block + tl.cast(start, tl.int64) * stride_k
+        v_rows = v_block + tl.cast(start, tl.int64) * stride_v
         k = load_rows(k_rows[:, None] + offs_d[None, :], key_ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_rows[:, None] + offs_dv[None, :], key_ok, offs_dv, DV)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
@@ -44,10 +57,6 @@ def _attend_sequence(
         if EDGE:
             seen = band_mask(bands, offs_t[:, None], offs_n[None, :], T, S, left, right)
             scores = tl.where(seen, scores, float("-inf"))
-        elif left is not None or bands is not None:
-            if start < inner_begin:
-                seen = band_mask(bands, offs_t[:, None], offs_n[None, :], T, S, left, None)
-                scores = tl.where(seen, scores, float("-inf"))
         m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_i, l_i, acc
@@ -98,15 +107,14 @@ def _moda_forward_kernel(
     k_base = k_ptr + b * k_strides[0] + j * k_strides[2]
     v_base = v_ptr + b * v_strides[0] + j * v_strides[2]
     begin, inner_begin, inner_end, end = key_range(bands, first_token, last_token, T, S, left, right, BLOCK_N)
-    # The edge goes first and has a block even where it needs none: see "Two loops" in docs/design.md.
-    edge = tl.maximum(tl.minimum(inner_end, end - 1) // BLOCK_N * BLOCK_N, begin)
+    blocks, first, last = masked_blocks(begin, inner_begin, inner_end, end, BLOCK_N)
     m_i, l_i, acc = _attend_sequence(
-        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], edge, inner_begin, end, bands, offs_t, T, S,
-        scale, left, right, softcap, D, DV, BLOCK_N, True,
+        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], last, blocks + first, blocks, begin, end,
+        first_token, last_token, bands, offs_t, T, S, scale, left, right, softcap, D, DV, BLOCK_N, True,
     )  # fmt: skip
     m_i, l_i, acc = _attend_sequence(
-        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], begin, inner_begin, edge, bands, offs_t, T, S,
-        scale, left, right, softcap, D, DV, BLOCK_N, False,
+        q, m_i, l_i, acc, k_base, v_base, k_strides[1], v_strides[1], first, last, blocks, begin, end,
+        first_token, last_token, bands, offs_t, T, S, scale, left, right, softcap, D, DV, BLOCK_N, False,
     )  # fmt: skip
 
     if k_depth is not None:
@@ -123,7 +131,7 @@ def _moda_forward_kernel(
         (acc / l_safe[:, None]).to(out_ptr.dtype.element_ty),
         mask=row_ok[:, None] & (offs_dv < DV)[None, :],
     )
-    tl.store(lse_ptr + (b * H * G + query_head) * T + offs_t, (m_i + tl.log2(l_safe)) * LN2, mask=row_ok)
+    tl.store(lse_ptr + (b * H * G + query_head) * T + offs_t, natural_lse(m_i, l_safe, q.dtype), mask=row_ok)
 
 
 @prepared

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import LN2, LOG2E, base2_scores, load_rows, online_softmax, slot_rows
+from moda_kernels.common import base2_lse, base2_scores, load_rows, natural_lse, online_softmax, slot_rows
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 
@@ -138,8 +138,9 @@ def _moda_forward_depth_kernel(
         acc_rows = sequence_ptr + b * sequence_strides[0] + t * sequence_strides[1] + h * sequence_strides[2]
         acc = load_rows(acc_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV).to(tl.float32)
         lse = sequence_lse_ptr + b * stride_lb + h * stride_lh + t * stride_lt
-        m_i = tl.load(lse, mask=row_ok, other=0.0) * LOG2E
-        l_i = tl.full([BLOCK_G], 1.0, tl.float32)
+        m_i, low = base2_lse(tl.load(lse, mask=row_ok, other=0.0), q.dtype)
+        l_i = tl.exp2(low)
+        acc *= l_i[:, None]
     m_i, l_i, acc = _attend_depth_by_dot(
         q, m_i, l_i, acc, k_depth, v_depth, b, j, token, T, L, scale, softcap,
         BLOCK_G, D, DV, BLOCK_L, STAGES, ALIGNED,
@@ -151,7 +152,7 @@ def _moda_forward_depth_kernel(
         (acc / l_i[:, None]).to(out_ptr.dtype.element_ty),
         mask=row_ok[:, None] & (offs_dv < DV)[None, :],
     )
-    tl.store(lse_ptr + (b * H * G + h) * T + t, (m_i + tl.log2(l_i)) * LN2, mask=row_ok)
+    tl.store(lse_ptr + (b * H * G + h) * T + t, natural_lse(m_i, l_i, q.dtype), mask=row_ok)
 
 
 @prepared

@@ -44,6 +44,8 @@ def problem(
     B, T, HQ, D = q.shape
     S, H = k.shape[1] if S is None else S, k.shape[2]
     L = k_depth[0].shape[2] if is_packed(k_depth) else len(k_depth)
+    if max(T * HQ // H, 2 * (T + S)) >= 2**31:  # kernels number rows and keys in 32 bits
+        raise ValueError(f"q and k must be shorter: a GPU takes T * G < 2**31 and T + S < 2**30, got T = {T} and S = {S}")
     # Windows that show the same keys, small enough for 32-bit sums with positions.
     left, right = (side if side is None else min(side, T + S) for side in (left, right))
     return Problem(B, T, S, L, H, HQ // H, D, v.shape[3], scale, left, right, softcap)
