@@ -11,7 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import base2_log_p, base2_scores, chunk_mask, load_rows, slot_rows, softcap_slope
+from moda_kernels.common import (
+    base2_log_p,
+    base2_scores,
+    chunk_mask,
+    load_rows,
+    slot_rows,
+    softcap_slope,
+)
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 

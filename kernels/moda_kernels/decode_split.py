@@ -34,6 +34,9 @@ from moda_kernels.forward_depth import attend_depth
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 
+FARTHEST: tl.constexpr = tl.constexpr(2**30)
+"""The last position that a length may say: sums of positions stay within 32 bits."""
+
 
 @triton.jit
 def _append(
@@ -144,8 +147,8 @@ def _moda_decode_split_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    # The first token's position; whatever the length is, sums with it stay within 32 bits.
-    origin = tl.minimum(tl.maximum(tl.load(seqlens_ptr + b), -(2**29)), 2**30)
+    origin = tl.load(seqlens_ptr + b)  # the first token's position
+    origin = tl.minimum(tl.maximum(origin, -FARTHEST // 2), FARTHEST)
     if k_new_ptr is None:
         origin -= T
     first = origin + first_token

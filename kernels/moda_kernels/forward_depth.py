@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import base2_lse, base2_scores, load_rows, natural_lse, online_softmax, slot_rows
+from moda_kernels.common import (
+    base2_lse,
+    base2_scores,
+    load_rows,
+    natural_lse,
+    online_softmax,
+    slot_rows,
+)
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 

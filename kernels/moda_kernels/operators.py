@@ -17,7 +17,7 @@ from moda_kernels.backward_dkv import launch_dkv
 from moda_kernels.backward_dq import launch_dq
 from moda_kernels.bands import Bands, launch_bands
 from moda_kernels.decode_merge import launch_decode_merge
-from moda_kernels.decode_split import launch_decode_split
+from moda_kernels.decode_split import FARTHEST, launch_decode_split
 from moda_kernels.depth_mass import launch_depth_mass
 from moda_kernels.forward import launch_forward
 from moda_kernels.forward_depth import launch_forward_depth
@@ -250,6 +250,8 @@ def decode(
     """out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T) in float32; k_new and v_new go into the caches."""
     S = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
     p = problem(q, k_cache, v_cache, k_depth, scale, left, 0, softcap, S)
+    # A length may lie beyond the cache, and a window reach back into it.
+    p = p._replace(left=None if left is None else min(left, FARTHEST.value + p.T))
     if q.numel() == 0:
         return q.new_empty(*q.shape[:3], p.DV), q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
     with torch.cuda.device_of(q):

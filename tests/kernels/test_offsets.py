@@ -1,7 +1,5 @@
 """Strides of any size: offsets are 64-bit numbers in every kernel."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ STRIDE = 2**26  # elements from one token to the next: 32 of them overflow 32 bi
 
 
 class Far:
-    """Copies of tensors whose axis 1 has STRIDE, side by side in 10 GB of which a CPU touches little."""
+    """Copies of tensors whose axis 1 has STRIDE, side by side in 10 GB; a CPU touches few."""
 
     def __init__(self, tokens, dtype, device):
         size = 2**31 + tokens * STRIDE  # an offset that wraps around still lies inside
