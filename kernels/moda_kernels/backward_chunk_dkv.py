@@ -66,9 +66,9 @@ def _moda_backward_chunk_dkv_kernel(
         dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
         lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf"))
         delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
-        scores = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)
+        scores, excess = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, q.dtype)
         seen = chunk_mask(offs_t[None, :], owners[:, None], chunk)
-        p = tl.exp2(tl.where(seen, base2_log_p(scores, lse[None, :], q.dtype), float("-inf")))  # [BLOCK_N, BLOCK_M]
+        p = tl.exp2(tl.where(seen, base2_log_p(scores, excess, lse[None, :], q.dtype), float("-inf")))  # [BLOCK_N, BLOCK_M]
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
         if softcap is not None:

@@ -60,9 +60,9 @@ def _moda_backward_chunk_dq_kernel(
         v_rows = slot_rows(v_depth, b, j, owners, offs_e % L, ok, q.dtype, ALIGNED)
         k = load_rows(k_rows[:, None] + offs_d[None, :], ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV)
-        scores = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
+        scores, excess = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, q.dtype)
         seen = chunk_mask(offs_t[:, None], owners[None, :], chunk)
-        p = tl.exp2(tl.where(seen, base2_log_p(scores, lse[:, None], q.dtype), float("-inf")))  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(tl.where(seen, base2_log_p(scores, excess, lse[:, None], q.dtype), float("-inf")))  # [BLOCK_M, BLOCK_N]
         ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
         if softcap is not None:
             ds *= softcap_slope(scores, softcap)

@@ -127,8 +127,8 @@ def _moda_backward_depth_kernel(
                 heads_ok = (offs_t < T)[:, None] & (heads < G)
                 delta = tl.load(delta_base + heads * T + offs_t[:, None], mask=heads_ok, other=0.0)
             qk = tl.dot(k, tl.permute(q, (0, 2, 1)), input_precision="ieee")
-            scores = base2_scores(qk, scale, softcap)  # [BLOCK_T, BLOCK_L, BLOCK_G]
-            log_p = base2_log_p(scores, lse[:, None, :], dtype)
+            scores, excess = base2_scores(qk, scale, softcap, dtype)  # [BLOCK_T, BLOCK_L, BLOCK_G]
+            log_p = base2_log_p(scores, excess, lse[:, None, :], dtype)
             p = tl.exp2(tl.where(l_ok[None, :, None], log_p, float("-inf")))
             dp = tl.dot(v, tl.permute(dout, (0, 2, 1)), input_precision="ieee")
             ds = p * (dp - delta[:, None, :])

@@ -68,8 +68,8 @@ def _sum_over_rows(
         else:
             lse = tl.load(lse_base + g * T + t)
             delta = tl.load(delta_base + g * T + t)
-        scores = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap)
-        log_p = base2_log_p(scores, lse[None, :], k.dtype)  # [BLOCK_N, BLOCK_M]
+        scores, excess = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, k.dtype)
+        log_p = base2_log_p(scores, excess, lse[None, :], k.dtype)  # [BLOCK_N, BLOCK_M]
         if EDGE:
             seen = band_mask(bands, offs_t[None, :], offs_n[:, None], T, S, left, right)
             log_p = tl.where(seen, log_p, float("-inf"))

@@ -46,8 +46,8 @@ def _sum_over_keys(
         v_rows = v_block + tl.cast(start, tl.int64) * stride_v
         k = load_rows(k_rows[:, None] + offs_d[None, :], key_ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_rows[:, None] + offs_dv[None, :], key_ok, offs_dv, DV)
-        scores = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
-        log_p = base2_log_p(scores, lse[:, None], q.dtype)  # [BLOCK_M, BLOCK_N]
+        scores, excess = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, q.dtype)
+        log_p = base2_log_p(scores, excess, lse[:, None], q.dtype)  # [BLOCK_M, BLOCK_N]
         if EDGE:
             seen = band_mask(bands, offs_t[:, None], offs_n[None, :], T, S, left, right)
             log_p = tl.where(seen, log_p, float("-inf"))

@@ -28,12 +28,18 @@ def tanh(x):
 
 
 @triton.jit
-def base2_scores(qk, scale, softcap):
-    """log2(e) times the score of each raw product q . k."""
-    if softcap is None:
-        return qk * (scale * LOG2E)
+def base2_scores(qk, scale, softcap, dtype: tl.constexpr):
+    """log2(e) times the score of each raw product q . k, and what rounding added to it: float32 inputs would
+    notice that of a large score, 16-bit ones do not.
+    """
+    if softcap is not None:
+        return tanh(qk * (scale / softcap)) * (softcap * LOG2E), 0.0
+    elif dtype == tl.float32:
+        scores = qk * (scale * LOG2E)
+        excess = -tl.fma(qk, scale * LOG2E, -scores)
+        return scores, tl.where(tl.abs(scores) < float("inf"), excess, 0.0)
     else:
-        return tanh(qk * (scale / softcap)) * (softcap * LOG2E)
+        return qk * (scale * LOG2E), 0.0
 
 
 @triton.jit
@@ -148,13 +154,16 @@ def tokens_seeing(bands, tokens, first, last, T, S):
 
 
 @triton.jit
-def online_softmax(m_i, l_i, scores):
-    """Take in scores along the last axis: new (m_i, l_i), the factor for what came before, and p."""
+def online_softmax(m_i, l_i, scores, excess):
+    """Take in scores along the last axis: new (m_i, l_i), the factor for what came before, and p.
+
+    ``excess`` is what rounding added to the scores, see ``base2_scores``.
+    """
     axis: tl.constexpr = len(scores.shape) - 1
     m_new = tl.maximum(m_i, tl.max(scores, axis))
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
     alpha = tl.exp2(m_i - shift)
-    p = tl.exp2(scores - tl.expand_dims(shift, axis))
+    p = tl.exp2(scores - tl.expand_dims(shift, axis) - excess)
     return m_new, l_i * alpha + tl.sum(p, axis), alpha, p
 
 
@@ -171,10 +180,10 @@ def base2_lse(lse, dtype: tl.constexpr):
 
 
 @triton.jit
-def base2_log_p(scores, lse, dtype: tl.constexpr):
-    """log2 of the probabilities of base-2 scores; ``lse``, natural, broadcasts against them."""
+def base2_log_p(scores, excess, lse, dtype: tl.constexpr):
+    """log2 of the probabilities of ``base2_scores``; ``lse``, natural, broadcasts against them."""
     high, low = base2_lse(lse, dtype)
-    return scores - high - low
+    return scores - high - (low + excess)
 
 
 @triton.jit

@@ -34,7 +34,7 @@ def _moda_decode_merge_kernel(
         offs_s = start + tl.arange(0, BLOCK_S)
         part_ok = offs_s < splits
         scores = tl.load(lses_ptr + offs_s * n_rows + lse_row, mask=part_ok, other=float("-inf")) * LOG2E
-        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores[None, :])
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores[None, :], 0.0)
         parts = outs_ptr + (offs_s * n_rows + row) * DV
         part = load_rows(parts[:, None] + offs_dv[None, :], part_ok, offs_dv, DV)  # [BLOCK_S, BLOCK_DV]
         acc = acc * alpha[:, None] + tl.sum(tl.trans(p) * part, 0, keep_dims=True)

@@ -54,8 +54,8 @@ def _moda_depth_mass_kernel(
                 lse = tl.load(lse_ptrs, mask=rows_ok, other=float("inf"))
                 lse = tl.where(lse == float("-inf"), float("inf"), lse)[:, :, None]
                 qk = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
-                scores = base2_scores(qk, scale, softcap)  # [BLOCK_T, BLOCK_G, BLOCK_L]
-                p = tl.exp2(base2_log_p(scores, lse, dtype))
+                scores, excess = base2_scores(qk, scale, softcap, dtype)  # [BLOCK_T, BLOCK_G, BLOCK_L]
+                p = tl.exp2(base2_log_p(scores, excess, lse, dtype))
                 acc += tl.sum(tl.where(lse < float("inf"), p, 0.0), 0)  # a row that sees nothing may hold NaN
             sums = runs_ptr + ((tl.cast(run, tl.int64) * B + b) * (H * G) + h[:, None]) * L + offs_l[None, :]
             tl.store(sums, acc / T, mask=g_ok[:, None] & l_ok[None, :])

@@ -53,11 +53,11 @@ def _attend_sequence(
         k = load_rows(k_rows[:, None] + offs_d[None, :], key_ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_rows[:, None] + offs_dv[None, :], key_ok, offs_dv, DV)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        scores = base2_scores(qk, scale, softcap)
+        scores, excess = base2_scores(qk, scale, softcap, q.dtype)
         if EDGE:
             seen = band_mask(bands, offs_t[:, None], offs_n[None, :], T, S, left, right)
             scores = tl.where(seen, scores, float("-inf"))
-        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, excess)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_i, l_i, acc
 

@@ -30,7 +30,8 @@ def attend_chunk(
         v = load_rows(v_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         seen = chunk_mask(tokens[:, None], owners[None, :], chunk)
-        scores = tl.where(seen, base2_scores(qk, scale, softcap), float("-inf"))
-        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
+        scores, excess = base2_scores(qk, scale, softcap, q.dtype)
+        scores = tl.where(seen, scores, float("-inf"))
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, excess)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_i, l_i, acc

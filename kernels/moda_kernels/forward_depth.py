@@ -52,8 +52,9 @@ def _attend_depth_by_dot(
         k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
         v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV)
         qk = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")  # [BLOCK_T, G, BLOCK_L]
-        scores = tl.where((offs_l < L)[None, None, :], base2_scores(qk, scale, softcap), float("-inf"))
-        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
+        scores, excess = base2_scores(qk, scale, softcap, q.dtype)
+        scores = tl.where((offs_l < L)[None, None, :], scores, float("-inf"))
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, excess)
         acc = acc * alpha[:, :, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
     return tl.reshape(m_i, [BLOCK_M]), tl.reshape(l_i, [BLOCK_M]), tl.reshape(acc, [BLOCK_M, BLOCK_DV])
 
@@ -83,8 +84,9 @@ def _attend_depth_by_sum(
         k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D).to(tl.float32)
         v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV).to(tl.float32)
         qk = tl.sum(q * k[:, None, :, :], 3)  # [BLOCK_T, GROUP, BLOCK_L]
-        scores = tl.where((offs_l < L)[None, None, :], base2_scores(qk, scale, softcap), float("-inf"))
-        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores)
+        scores, excess = base2_scores(qk, scale, softcap, dtype)
+        scores = tl.where((offs_l < L)[None, None, :], scores, float("-inf"))
+        m_i, l_i, alpha, p = online_softmax(m_i, l_i, scores, excess)
         acc = acc * alpha[:, :, None] + tl.sum(p[:, :, :, None] * v[:, None, :, :], 2)
     return tl.reshape(m_i, [BLOCK_M]), tl.reshape(l_i, [BLOCK_M]), tl.reshape(acc, [BLOCK_M, BLOCK_DV])
 
