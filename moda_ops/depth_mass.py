@@ -151,7 +151,8 @@ def moda_sink_mass(
     (B, T, HQ, D), (_, S, H, _) = q.shape, k.shape
     check_like("k", k, (B, S, H, D), "(B, S, H, D)", q.dtype, q.device)
     check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", ops.lse_dtype(q), q.device)
-    right = 0 if causal else right
+    left = None if left is None else min(left, T + S)  # larger sides could wrap in 64 bits
+    right = 0 if causal else None if right is None else min(right, T + S)
     token = torch.arange(T, device=q.device)
     first, length, after = token.new_zeros(T), token.new_full((T,), S), token.new_full((T,), T)
     if cu_seqlens is not None:
