@@ -31,7 +31,6 @@ def depth_slots(depth: list[Tensor]) -> list[Tensor]:
 CuSeqlens = tuple[Tensor, Tensor] | None
 """Where documents packed in one batch entry begin, in queries and in keys, and the last ends."""
 
-
 P, R = ParamSpec("P"), TypeVar("R")
 
 
@@ -192,7 +191,7 @@ def _attend(
     softcap: float | None,
     seen: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """out, in float32 at least, and lse under a sequence mask that broadcasts to [B, H, G, T, S]."""
+    """out, in float32 at least, and lse; ``seen`` broadcasts to [B, H, G, T, S]."""
     H, S = k.shape[2], k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
@@ -394,9 +393,9 @@ def chunk_attention_backward(
 def depth_mass(
     q: Tensor, k_depth: list[Tensor], lse: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """``moda::depth_mass``: (B, HQ, L); rows of infinite lse have nothing to give, whatever they hold.
+    """``moda::depth_mass``: (B, HQ, L); rows of infinite lse add nothing, whatever they hold.
 
-    A softmax cannot be had from the slots alone: these probabilities are as precise as ``lse``.
+    The slots alone do not give a softmax: these probabilities are as precise as ``lse``.
     """
     (B, T, HQ, _), slots = q.shape, depth_slots(k_depth)
     dtype = torch.promote_types(q.dtype, torch.float32)
