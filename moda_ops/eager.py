@@ -483,11 +483,11 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
     """Those of the softmax whose lse this is, which may have further keys.
 
-    exp(scores - lse) would carry the rounding of a large lse. Here lse meets what these scores give
-    alone, which is the same number, bit by bit, unless there are further keys.
+    exp(scores - lse) would carry the rounding of a large lse. What these scores give by themselves
+    is the same lse, bit for bit, unless there are further keys.
     """
     p, own = _softmax(scores)
-    return p.mul_(torch.exp(own - lse)[..., None])
+    return p if torch.equal(own, lse) else p * torch.exp(own - lse)[..., None]
 
 
 @_without_autocast
