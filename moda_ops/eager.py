@@ -31,7 +31,8 @@ def depth_slots(depth: list[Tensor]) -> list[Tensor]:
 CuSeqlens = tuple[Tensor, Tensor] | None
 """Where documents packed in one batch entry begin, in queries and in keys, and the last ends."""
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
