@@ -12,7 +12,7 @@ What no query sees may hold NaN: `_blocks` splits a call so that no product touc
 from collections.abc import Callable, Iterator
 from functools import wraps
 from itertools import pairwise
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,15 +31,12 @@ def depth_slots(depth: list[Tensor]) -> list[Tensor]:
 CuSeqlens = tuple[Tensor, Tensor] | None
 """Where documents packed in one batch entry begin, in queries and in keys, and the last ends."""
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.autocast`` as a decorator keeps one state for all threads; this has one per call."""
 
     @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast("cpu", enabled=False):
             return function(*args, **kwargs)
 
