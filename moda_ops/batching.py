@@ -49,8 +49,9 @@ def _unfold(x: Any, size: int, axis: int) -> Any:
 def _documents(arguments: Arguments, size: int) -> dict[str, Any]:
     """Where the documents of all packed sequences begin, once these stand one after the other.
 
-    A sequence's tokens after its last document become two documents of their own, one of queries
-    alone and one of keys alone, which see nothing of each other, nor of the next sequence.
+    A sequence's tokens before its first document become two documents of their own, one of queries
+    alone and one of keys alone, which see nothing of each other, nor of another sequence. So do
+    those after its last document.
     """
     totals = {}
     for side, tokens in (("q", arguments["q"]), ("k", arguments["k"])):
@@ -59,14 +60,13 @@ def _documents(arguments: Arguments, size: int) -> dict[str, Any]:
             shape.pop(tokens.dim)
         totals[side] = shape[0]
     starts = {side: _rows(arguments[f"cu_seqlens_{side}"], size) for side in totals}
-    last = {
-        "q": starts["q"].new_full((size, 1), totals["q"]),  # the keys' own document has no query
-        "k": starts["k"][:, -1:],  # the queries' own document has no key
-    }
+    zero = starts["k"].new_zeros(size, 1)
+    first = {"q": starts["q"][:, :1], "k": zero}  # queries alone, then keys alone
+    last = {"q": zero + totals["q"], "k": starts["k"][:, -1:]}  # the same
     folded = {}
     for side, total in totals.items():
-        first = torch.arange(size, device=starts[side].device, dtype=torch.int32) * total
-        begins = torch.cat([starts[side], last[side]], 1) + first[:, None]
+        offset = torch.arange(size, device=starts[side].device, dtype=torch.int32) * total
+        begins = torch.cat([zero, first[side], starts[side], last[side]], 1) + offset[:, None]
         end = begins.new_full((1,), size * total)
         folded[f"cu_seqlens_{side}"] = torch.cat([begins.flatten(), end])
     return folded

@@ -151,11 +151,12 @@ def moda_sink_mass(
     (B, T, HQ, D), (_, S, H, _) = q.shape, k.shape
     check_like("k", k, (B, S, H, D), "(B, S, H, D)", q.dtype, q.device)
     check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", ops.lse_dtype(q), q.device)
-    right = 0 if causal else right
+    left = None if left is None else min(left, T + S)  # larger sides could wrap in 64 bits
+    right = 0 if causal else None if right is None else min(right, T + S)
     token = torch.arange(T, device=q.device)
     first, length, after = token.new_zeros(T), token.new_full((T,), S), token.new_full((T,), T)
     if cu_seqlens is not None:
-        first, length, after = _documents(q, token, cu_seqlens)
+        first, length, after = _documents(q, S, token, cu_seqlens)
     position = token - after + length
     mass = lse.new_zeros(B, HQ)
     for n in range(min(keys, S)):
@@ -175,11 +176,11 @@ def moda_sink_mass(
 
 
 def _documents(
-    q: Tensor, token: Tensor, cu_seqlens: tuple[Tensor, Tensor]
+    q: Tensor, S: int, token: Tensor, cu_seqlens: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token's document: its first key, how many keys it has, and the token after it.
 
-    Tokens after the last document belong to one without keys.
+    Tokens after the last document belong to one without keys. No document has keys past k's S.
     """
     if not isinstance(cu_seqlens, tuple) or len(cu_seqlens) != 2:
         raise TypeError(
@@ -191,7 +192,7 @@ def _documents(
     check_cu_seqlens(cu_q, cu_k, q)
     if q.shape[0] != 1:
         raise ValueError(f"packed documents need a batch of B = 1, got B = {q.shape[0]}")
-    cu_q, cu_k = (torch.cat([cu, cu[-1:]]).long() for cu in (cu_q, cu_k))
+    cu_q, cu_k = (torch.cat([cu, cu[-1:]]).long() for cu in (cu_q, cu_k.clamp(0, S)))
     document = torch.searchsorted(cu_q[:-1], token, right=True) - 1
     first, after = cu_k[document], cu_q[document + 1]
     return first, cu_k[document + 1] - first, after

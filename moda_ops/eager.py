@@ -2,11 +2,16 @@
 
 Memory is O(T * S) for the sequence scores and O(T * L) for the depth scores: no depth slot is ever
 copied or stacked. (In chunks of C tokens they are, and the depth scores take O(T * C * L).) float16
-and bfloat16 are computed in float32, as the kernels do, and autocast reaches in as little as into a
-kernel. A query at key position p sees the keys of the band [p - left, p + right]; None is
-unbounded, causal is right = 0. All plans are this one.
+and bfloat16 are computed in float32, as the kernels do, and autocast does not reach inside. A query
+at key position p sees the keys of the band [p - left, p + right]; None is unbounded, causal is
+right = 0. All plans are this one.
+
+What no query sees may hold NaN: `_blocks` splits a call so that no product touches it.
 """
 
+from collections.abc import Callable, Iterator
+from functools import wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,31 +32,81 @@ CuSeqlens = tuple[Tensor, Tensor] | None
 """Where documents packed in one batch entry begin, in queries and in keys, and the last ends."""
 
 
-def _visible(
-    T: int,
-    S: int,
-    left: int | None,
-    right: int | None,
-    cu_seqlens: CuSeqlens,
-    device: torch.device,
-) -> Tensor:
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.autocast`` as a decorator keeps one state for all threads; this has one per call."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _bounds(name: str, cu: Tensor, tokens: int) -> list[int]:
+    """The values of ``cu_seqlens``; raise ValueError unless they are borders of these tokens."""
+    values: list[int] = cu.tolist()
+    for i, (before, value) in enumerate(pairwise([0, *values])):
+        if not before <= value <= tokens:
+            raise ValueError(
+                f"{name} must never fall and must stay within 0..{tokens}, got "
+                f"{name}[{i}] = {value}" + (f" after {before}" if i else "")
+            )
+    return values
+
+
+def _documents(T: int, S: int, cu_seqlens: CuSeqlens) -> list[tuple[range, range]]:
+    """Queries and keys of each document; those outside of all documents are without the other."""
+    if cu_seqlens is None:
+        return [(range(T), range(S))]
+    cu_q, cu_k = (
+        _bounds("cu_seqlens_q", cu_seqlens[0], T),
+        _bounds("cu_seqlens_k", cu_seqlens[1], S),
+    )
+    none = range(0)
+    outside = [
+        *((range(*pair), none) for pair in ((0, cu_q[0]), (cu_q[-1], T))),
+        *((none, range(*pair)) for pair in ((0, cu_k[0]), (cu_k[-1], S))),
+    ]
+    pairs = zip(pairwise(cu_q), pairwise(cu_k), strict=True)
+    return outside + [(range(*rows), range(*keys)) for rows, keys in pairs]
+
+
+def _unseen(T: int, S: int, left: int | None, right: int | None) -> tuple[int, int]:
+    """How many first queries see no key, and how many first keys no query sees."""
+    blind = 0 if right is None else min(max(T - S - right, 0), T)
+    return blind, 0 if left is None else min(max(S - T - left, 0), S)
+
+
+def _blocks(
+    T: int, S: int, left: int | None, right: int | None, cu_seqlens: CuSeqlens = None
+) -> Iterator[tuple[slice, slice]]:
+    """Queries and keys, each in one block: a block's keys are those that its queries see.
+
+    Every query of a block sees one of its keys, and every key is seen, or the block has none of the
+    other. A block's last query sits at its last key.
+    """
+    for rows, keys in _documents(T, S, cu_seqlens):
+        blind, unseen = _unseen(len(rows), len(keys), left, right)
+        for a, b in (
+            (rows[:blind], keys[:0]),
+            (rows[:0], keys[:unseen]),
+            (rows[blind:], keys[unseen:]),
+        ):
+            if a or b:
+                yield slice(a.start, a.stop), slice(b.start, b.stop)
+
+
+def _visible(T: int, S: int, left: int | None, right: int | None, device: torch.device) -> Tensor:
+    """[T, S]. The last query sits at the last key."""
     position = torch.arange(S - T, S, device=device)[:, None]
-    keys = torch.arange(S, device=device)[None, :]
+    keys = torch.arange(S, device=device)
     seen = torch.ones(T, S, dtype=torch.bool, device=device)
-    if cu_seqlens is not None:
-        document, key_document = (
-            torch.searchsorted(cu, torch.arange(n, device=device, dtype=cu.dtype), right=True) - 1
-            for cu, n in zip(cu_seqlens, (T, S), strict=True)
-        )
-        seen = document[:, None] == key_document[None, :]
-        seen &= (document < len(cu_seqlens[0]) - 1)[:, None]  # what follows the last document
-        last, last_key = (cu[(document + 1).clamp(max=len(cu) - 1)] for cu in cu_seqlens)
-        position = (torch.arange(T, device=device) + last_key - last)[:, None]
     if left is not None:
-        seen &= keys >= position - left
+        seen &= keys >= position - min(left, T + S)  # larger sides could wrap in 64 bits
     if right is not None:
-        seen &= keys <= position + right
-    return seen  # [T, S]
+        seen &= keys <= position + min(right, T + S)
+    return seen
 
 
 def _grouped(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
@@ -60,9 +115,9 @@ def _grouped(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
     return x.reshape(B, T, H, HQ // H, D).permute(0, 2, 3, 1, 4).to(dtype)
 
 
-def _ungrouped(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, H, G, T, D) -> (B, T, HQ, D), contiguous."""
-    return x.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dtype).contiguous()
+def _ungrouped(x: Tensor) -> Tensor:
+    """(B, H, G, T, D) -> (B, T, HQ, D), a view."""
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,7 +152,7 @@ def _finished_scores(
     return scores, slope
 
 
-@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+@_without_autocast
 def attention(
     q: Tensor,
     k: Tensor,
@@ -112,8 +167,16 @@ def attention(
     cu_seqlens: CuSeqlens = None,
 ) -> tuple[Tensor, Tensor]:
     """``moda::attention``: out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T)."""
-    seen = _visible(q.shape[1], k.shape[1], left, right, cu_seqlens, q.device)
-    return _attend(q, k, v, depth_slots(k_depth), depth_slots(v_depth), scale, softcap, seen)
+    B, T, HQ, _ = q.shape
+    out = q.new_empty(B, T, HQ, v.shape[-1])
+    lse = q.new_empty(B, HQ, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    k_slots, v_slots = depth_slots(k_depth), depth_slots(v_depth)
+    for rows, keys in _blocks(T, k.shape[1], left, right, cu_seqlens):
+        part, some_k, some_v = q[:, rows], k[:, keys], v[:, keys]
+        depth = [x[:, rows] for x in k_slots], [x[:, rows] for x in v_slots]
+        seen = _visible(part.shape[1], some_k.shape[1], left, right, q.device)
+        out[:, rows], lse[..., rows] = _attend(part, some_k, some_v, *depth, scale, softcap, seen)
+    return out, lse
 
 
 def _attend(
@@ -126,20 +189,19 @@ def _attend(
     softcap: float | None,
     seen: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse under a sequence mask that broadcasts to [B, H, G, T, S]."""
+    """out, in float32 at least, and lse; ``seen`` broadcasts to [B, H, G, T, S]."""
     H, S = k.shape[2], k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
     scores, _ = _scores(rows, keys, k_slots, scale, softcap, seen)
-    lse = torch.logsumexp(scores, -1)  # [B, H, G, T]
-    p = _probabilities(scores, lse)
+    p, lse = _softmax(scores)
     out = p[..., :S] @ values
     for i, slot in enumerate(v_slots, S):
         out += p[..., i, None] * _heads_first(slot, dtype)
-    return _ungrouped(out, q.dtype), lse.flatten(1, 2).contiguous()
+    return _ungrouped(out), lse.flatten(1, 2)
 
 
-@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+@_without_autocast
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -164,45 +226,87 @@ def attention_backward(
     Those of keys and values go into ``grads`` where that is given, and else into new contiguous
     tensors. ``running`` is what later readers have left for them and is added; None is nothing.
     """
-    H, S = k.shape[2], k.shape[1]
+    dq = q.new_empty(q.shape)
+    grads = grads or (
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        [x.new_empty(x.shape) for x in k_depth],
+        [x.new_empty(x.shape) for x in v_depth],
+    )
+    k_slots, v_slots = depth_slots(k_depth), depth_slots(v_depth)
+    into = _tensors(grads)
+    handed = [None] * len(into) if running is None else _tensors(running)
+    for rows, keys in _blocks(q.shape[1], k.shape[1], left, right, cu_seqlens):
+        dq[:, rows], *found = _attend_backward(
+            dout[:, rows],
+            None if dlse is None else dlse[..., rows],
+            q[:, rows],
+            k[:, keys],
+            v[:, keys],
+            [x[:, rows] for x in k_slots],
+            [x[:, rows] for x in v_slots],
+            out[:, rows],
+            lse[..., rows],
+            scale,
+            left,
+            right,
+            softcap,
+        )
+        places = [keys, keys, *[rows] * (len(into) - 2)]
+        for x, more, place, grad in zip(into, handed, places, found, strict=True):
+            x[:, place] = grad if more is None else grad + more[:, place]
+    return dq, *grads
+
+
+def _tensors(x: KeyGradients) -> list[Any]:
+    k, v, k_depth, v_depth = x
+    return [k, v, *depth_slots(k_depth), *depth_slots(v_depth)]
+
+
+def _attend_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_slots: list[Tensor],
+    v_slots: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float | None,
+) -> list[Tensor]:
+    """The gradients of q, k, v, all key slots and all value slots, in float32 at least."""
+    (T, S), H, L = (q.shape[1], k.shape[1]), k.shape[2], len(k_slots)
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
     drows = _grouped(dout, H, dtype)
-    k_slots, v_slots = depth_slots(k_depth), depth_slots(v_depth)
 
     delta = (drows * _grouped(out, H, dtype)).sum(-1)  # [B, H, G, T]
     if dlse is not None:
         delta = delta - dlse.to(dtype).unflatten(1, delta.shape[1:3])
-    seen = _visible(q.shape[1], S, left, right, cu_seqlens, q.device)
+    seen = _visible(T, S, left, right, q.device)
     scores, slope = _scores(rows, keys, k_slots, scale, softcap, seen)
     p = _probabilities(scores, lse.to(dtype).unflatten(1, delta.shape[1:3]))
     dp_depth = [(drows * _heads_first(slot, dtype)).sum(-1, keepdim=True) for slot in v_slots]
     dp = torch.cat([drows @ values.mT, *dp_depth], -1)
     ds = p * (dp - delta[..., None]) * slope * scale  # [B, H, G, T, S + L]
 
-    drows_q = ds[..., :S] @ keys
+    dq = ds[..., :S] @ keys
     for i, slot in enumerate(k_slots, S):
-        drows_q += ds[..., i, None] * _heads_first(slot, dtype)
-    dk = (ds[..., :S].mT @ rows).sum(2).transpose(1, 2)
-    dv = (p[..., :S].mT @ drows).sum(2).transpose(1, 2)
-    L = len(k_slots)
-    dk_slots = [(ds[..., S + i, None] * rows).sum(2).transpose(1, 2) for i in range(L)]
-    dv_slots = [(p[..., S + i, None] * drows).sum(2).transpose(1, 2) for i in range(L)]
-    into_k, into_v, into_k_depth, into_v_depth = grads or (
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        [x.new_empty(x.shape) for x in k_depth],
-        [x.new_empty(x.shape) for x in v_depth],
-    )
-    k_running, v_running, k_depth_running, v_depth_running = running or (None, None, None, None)
-    _store([into_k], [dk], None if k_running is None else [k_running])
-    _store([into_v], [dv], None if v_running is None else [v_running])
-    _store(into_k_depth, dk_slots, k_depth_running)
-    _store(into_v_depth, dv_slots, v_depth_running)
-    return _ungrouped(drows_q, q.dtype), into_k, into_v, into_k_depth, into_v_depth
+        dq += ds[..., i, None] * _heads_first(slot, dtype)
+    return [
+        _ungrouped(dq),
+        (ds[..., :S].mT @ rows).sum(2).transpose(1, 2),
+        (p[..., :S].mT @ drows).sum(2).transpose(1, 2),
+        *((ds[..., S + i, None] * rows).sum(2).transpose(1, 2) for i in range(L)),
+        *((p[..., S + i, None] * drows).sum(2).transpose(1, 2) for i in range(L)),
+    ]
 
 
-@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+@_without_autocast
 def chunk_attention(
     q: Tensor,
     k: Tensor,
@@ -217,19 +321,20 @@ def chunk_attention(
     """``moda::chunk_attention``: as ``attention``, causal, over the depth of a token's chunk."""
     if not depth_slots(k_depth) or q.numel() == 0:
         return attention(q, k, v, k_depth, v_depth, scale, left, 0, softcap)
-    T, S, H = q.shape[1], k.shape[1], k.shape[2]
-    C = min(chunk_size, T)
+    T, H, C = q.shape[1], k.shape[2], min(chunk_size, q.shape[1])
+    _, first = _unseen(T, k.shape[1], left, 0)
+    k, v = k[:, first:], v[:, first:]
+    S = k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
     chunk_keys, chunk_values = _chunk_rows(k_depth, C, dtype), _chunk_rows(v_depth, C, dtype)
     scores, _ = _chunk_scores(rows, keys, chunk_keys, C, scale, left, softcap)
-    lse = torch.logsumexp(scores, -1)  # [B, H, G, T]
-    p = _probabilities(scores, lse)
+    p, lse = _softmax(scores)
     out = p[..., :S] @ values + _joined(_chunks(p[..., S:], C) @ chunk_values, T)
-    return _ungrouped(out, q.dtype), lse.flatten(1, 2).contiguous()
+    return _ungrouped(out).to(q.dtype).contiguous(), lse.flatten(1, 2)
 
 
-@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+@_without_autocast
 def chunk_attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -250,8 +355,11 @@ def chunk_attention_backward(
         return attention_backward(
             dout, dlse, q, k, v, k_depth, v_depth, out, lse, scale, left, 0, softcap
         )
-    T, S, H = q.shape[1], k.shape[1], k.shape[2]
-    C = min(chunk_size, T)
+    T, H, C = q.shape[1], k.shape[2], min(chunk_size, q.shape[1])
+    blind, first = _unseen(T, k.shape[1], left, 0)
+    dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
+    k, v = k[:, first:], v[:, first:]
+    S = k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows, keys, values = _grouped(q, H, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
     chunk_keys, chunk_values = _chunk_rows(k_depth, C, dtype), _chunk_rows(v_depth, C, dtype)
@@ -268,57 +376,57 @@ def chunk_attention_backward(
 
     chunk_p, chunk_ds = _chunks(p[..., S:], C), _chunks(ds[..., S:], C)
     dq = ds[..., :S] @ keys + _joined(chunk_ds @ chunk_keys, T)
-    dk = (ds[..., :S].mT @ rows).sum(2).transpose(1, 2)
-    dv = (p[..., :S].mT @ drows).sum(2).transpose(1, 2)
+    for grad, weights, x in ((dk, ds, rows), (dv, p, drows)):
+        sums = weights[..., blind:, :S].mT @ x[..., blind:, :]
+        grad[:, first:] = sums.sum(2).transpose(1, 2)
     dk_depth, dv_depth = ([x.new_empty(x.shape) for x in depth] for depth in (k_depth, v_depth))
-    _store(dk_depth, _slots_of((chunk_ds.mT @ _chunks(rows, C)).sum(2), C, T), None)
-    _store(dv_depth, _slots_of((chunk_p.mT @ _chunks(drows, C)).sum(2), C, T), None)
-    return (
-        _ungrouped(dq, q.dtype),
-        dk.to(k.dtype).contiguous(),
-        dv.to(v.dtype).contiguous(),
-        dk_depth,
-        dv_depth,
-    )
+    for grads, weights, x in ((dk_depth, chunk_ds, rows), (dv_depth, chunk_p, drows)):
+        sums = (weights.mT @ _chunks(x, C)).sum(2)
+        for slot, slot_grad in zip(depth_slots(grads), _slots_of(sums, C, T), strict=True):
+            slot.copy_(slot_grad)
+    return _ungrouped(dq).to(q.dtype).contiguous(), dk, dv, dk_depth, dv_depth
 
 
-@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+@_without_autocast
 def depth_mass(
     q: Tensor, k_depth: list[Tensor], lse: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """``moda::depth_mass``: (B, HQ, L); rows of lse = -inf have nothing to give."""
+    """``moda::depth_mass``: (B, HQ, L); rows of infinite lse add nothing, whatever they hold.
+
+    The slots alone do not give a softmax: these probabilities are as precise as ``lse``.
+    """
     (B, T, HQ, _), slots = q.shape, depth_slots(k_depth)
     dtype = torch.promote_types(q.dtype, torch.float32)
     if not slots:
         return q.new_empty(B, HQ, 0, dtype=dtype)
     rows = _grouped(q, slots[0].shape[2], dtype)
-    lse = lse.masked_fill(lse == float("-inf"), float("inf")).unflatten(1, rows.shape[1:3])
+    lse = lse.unflatten(1, rows.shape[1:3])
+    nothing = lse.isinf()
     mass = []
     for slot in slots:
         scores = (rows * _heads_first(slot, dtype)).sum(-1) * scale  # [B, H, G, T]
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        mass.append(torch.exp(scores - lse).sum(-1) / max(T, 1))
+        mass.append(torch.exp(scores - lse).masked_fill(nothing, 0.0).sum(-1) / max(T, 1))
     return torch.stack(mass, -1).flatten(1, 2)
 
 
-@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+@_without_autocast
 def probabilities(
     q: Tensor,
     k: Tensor,
     k_depth: list[Tensor],
-    lse: Tensor,
     scale: float,
     left: int | None,
     right: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Those of the softmax whose lse this is: (B, HQ, T, S + L), sequence, then depth."""
+    """(B, HQ, T, S + L), sequence, then depth."""
     H, dtype = k.shape[2], torch.promote_types(q.dtype, torch.float32)
     rows, keys = _grouped(q, H, dtype), _heads_first(k, dtype)
-    seen = _visible(q.shape[1], k.shape[1], left, right, None, q.device)
+    seen = _visible(q.shape[1], k.shape[1], left, right, q.device)
     scores, _ = _scores(rows, keys, depth_slots(k_depth), scale, softcap, seen)
-    return _probabilities(scores, lse.unflatten(1, rows.shape[1:3])).flatten(1, 2)
+    return _softmax(scores)[0].flatten(1, 2)
 
 
 def _chunks(x: Tensor, C: int) -> Tensor:
@@ -359,23 +467,28 @@ def _chunk_scores(
     place = torch.arange(T, device=q.device) % C  # of a token in its chunk
     earlier = torch.arange(C, device=q.device)[None, :] <= place[:, None]  # [T, C], or itself
     earlier = earlier.repeat_interleave(chunk_keys.shape[-2] // C, 1)
-    seen = torch.cat([_visible(T, S, left, 0, None, q.device), earlier], -1)
+    seen = torch.cat([_visible(T, S, left, 0, q.device), earlier], -1)
     return _finished_scores(products, seen, scale, softcap)
 
 
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and lse; zeros and -inf in a row that sees nothing, where all are -inf."""
+    lse = torch.logsumexp(scores, -1)
+    p, blind = torch.softmax(scores, -1), lse == float("-inf")
+    return p.masked_fill(blind[..., None], 0.0) if blind.any() else p, lse
+
+
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse); zeros in a row that sees nothing, where all of these are -inf."""
-    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    """Those of the softmax whose lse this is, which may have further keys.
+
+    exp(scores - lse) would carry the rounding of a large lse. What these scores give by themselves
+    is the same lse, bit for bit, unless there are further keys.
+    """
+    p, own = _softmax(scores)
+    return p if torch.equal(own, lse) else p * torch.exp(own - lse)[..., None]
 
 
-def _store(into: list[Tensor], grads: list[Tensor], running: list[Tensor] | None) -> None:
-    """Write gradients, plus what is running; each list is in one of the two forms of depth."""
-    slots = depth_slots(into)
-    for i, grad in enumerate(grads):
-        slots[i].copy_(grad if running is None else grad + depth_slots(running)[i])
-
-
-@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+@_without_autocast
 def decode(
     q: Tensor,
     k_cache: Tensor,
@@ -402,17 +515,18 @@ def decode(
         v_cache[page[there], place[there]] = v_new[there]
 
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    longest = int(positions.max()) + 1 if positions.numel() else 0
-    keys = torch.arange(min(max(longest, 0), capacity))  # [S]
+    longest = max(int(positions.max()) + 1, 0) if positions.numel() else 0
+    keys = torch.arange(min(longest, capacity))  # [S]
     page, place, there = _cache_places(k_cache, block_table, keys.expand(B, -1))
     seen = (keys <= positions[..., None]) & there[:, None]  # [B, N, S]
     if left is not None:
-        seen &= keys >= positions[..., None] - left
+        seen &= keys >= positions[..., None] - min(left, longest)  # larger ones could wrap
     read = seen.any(1)  # the rest of a cache may hold NaN
     k, v = (x.new_zeros(*read.shape, *x.shape[2:]) for x in (k_cache, v_cache))
     k[read], v[read] = k_cache[page[read], place[read]], v_cache[page[read], place[read]]
     seen = seen[:, None, None]
-    return _attend(q, k, v, depth_slots(k_depth), depth_slots(v_depth), scale, softcap, seen)
+    out, lse = _attend(q, k, v, depth_slots(k_depth), depth_slots(v_depth), scale, softcap, seen)
+    return out.to(q.dtype).contiguous(), lse
 
 
 def _cache_places(

@@ -226,9 +226,9 @@ def moda_attention_varlen(
         k_depth: depth keys: a list of L slots (total_q, H, D), or one packed tensor
             (total_q, L, H, D); None is L = 0.
         v_depth: depth values in the same form, with DV for D.
-        cu_seqlens_q: (documents + 1,), int32, on q's device, never falling, from 0. The values are
-            not checked, for that would wait for the device.
-        cu_seqlens_k: the same for keys.
+        cu_seqlens_q: (documents + 1,), int32, on q's device: from 0, never falling, at most
+            total_q. On a CPU the values are checked; on a GPU reading them would synchronise.
+        cu_seqlens_k: the same for keys, at most total_k.
         max_seqlen_q: no document has more queries. Stands where FlashAttention's
             ``flash_attn_varlen_func`` has it; may be left out, since no launch here is sized by it.
         max_seqlen_k: the same for keys.
@@ -241,7 +241,8 @@ def moda_attention_varlen(
 
     Raises:
         TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
-        ValueError: shapes, devices or strides that do not fit, or an option outside its range.
+        ValueError: shapes, devices or strides that do not fit, an option outside its range, or on
+            a CPU borders of documents that fall or lie outside of the tokens.
 
     Example:
         >>> import torch

@@ -1,9 +1,12 @@
 """torch.autocast on every operator: what is cast, to what, and what is not."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, local
+
 import pytest
 import torch
 
-from moda_ops import DepthSlots, DepthStream, moda_attention, moda_decode
+from moda_ops import DepthSlots, DepthStream, eager, moda_attention, moda_decode
 from moda_ops.autocast import MEMORY
 from operators import BACKWARD, DIFFERENTIABLE, make_call
 
@@ -133,6 +136,37 @@ def test_what_is_not_cast():
             moda_attention(q.double(), q, q)
     with torch.autocast("cuda", LOW) if torch.cuda.is_available() else torch.no_grad():
         assert moda_attention(q, q, q).dtype is torch.float32
+
+
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, *BACKWARD, "decode"])
+def test_two_threads_keep_their_own_state(name, monkeypatch):
+    """One leaves an operator while another, under autocast of another dtype, is inside."""
+    call, grouped = make_call(name), eager._grouped
+    first_is_in, second_is_in, first_is_out, thread = Event(), Event(), Event(), local()
+
+    def meet(*arguments):
+        if thread.is_first:
+            first_is_in.set()
+            assert second_is_in.wait(30)
+        else:
+            second_is_in.set()
+            assert first_is_out.wait(30)
+        return grouped(*arguments)
+
+    def run(dtype):
+        thread.is_first = dtype is torch.float16
+        with torch.autocast("cpu", dtype):
+            call.run()
+            if thread.is_first:
+                first_is_out.set()
+            return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    monkeypatch.setattr(eager, "_grouped", meet)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run, torch.float16)
+        assert first_is_in.wait(30)
+        second = threads.submit(run, torch.bfloat16)
+        assert (first.result(), second.result()) == ((True, torch.float16), (True, torch.bfloat16))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -47,6 +47,20 @@ def test_is_a_loop(name, form, pattern):
     assert_same(torch.vmap(f, dims)(*stacked), loop(f, dims, stacked))
 
 
+@pytest.mark.parametrize("name", ["attention_varlen", "attention_varlen_backward"])
+def test_tokens_before_the_first_document_are_nobody_s(name):
+    calls = [make_call(name, seed, **FLOAT64) for seed in range(SIZE)]
+    for i, call in enumerate(calls):
+        for cu in call.arguments[-2:] if name == "attention_varlen" else call.arguments[7:9]:
+            cu.clamp_(min=i)
+        if name != "attention_varlen":
+            forward = make_call("attention_varlen", i, **FLOAT64)
+            forward.arguments[5:] = call.arguments[7:9]
+            call.arguments[9:] = forward.run()
+    dims, stacked = mapped_arguments(calls, (0,))
+    assert_same(torch.vmap(calls[0].run, dims)(*stacked), loop(calls[0].run, dims, stacked))
+
+
 @pytest.mark.parametrize("mapped", ["q", "q block_table", "k_cache", "q k_cache v_cache", "all"])
 def test_pages(mapped):
     """Pages that all read, and pages of each; a NaN would show that a wrong one is read."""

@@ -119,6 +119,45 @@ def test_a_cache_without_room_leaves_depth(page_size, device):
     assert cache.isnan().all()
 
 
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_positions_that_a_cache_does_not_have(page_size, device):
+    """Past its end, below 0 and in pages that do not exist nothing is written or read."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    k, v, q, k_new, v_new = (randn(5, n, 1, 16) for n in (8, 8, 3, 3, 3))
+    lengths = torch.tensor([6, 8, 2**31 - 1, -2, -(2**31)], dtype=torch.int32, device=device)
+    kept = [8, 8, 8, 1, 0]  # tokens that are there after the step
+    expected = [x.clone() for x in (k, v)]
+    for cache, new in zip(expected, (k_new, v_new), strict=True):
+        cache[0, 6:], cache[3, :1] = new[0, :2], new[3, 2:]
+    caches, table = [k, v], None
+    if page_size is not None:
+        caches = [x.reshape(-1, page_size, *x.shape[2:]) for x in caches]
+        table = torch.arange(10, dtype=torch.int32, device=device).view(5, 2)
+    out, lse = moda_decode(
+        q,
+        *caches,
+        None,
+        None,
+        lengths,
+        k_new=k_new,
+        v_new=v_new,
+        block_table=table,
+        return_lse=True,
+    )
+    for cache, whole in zip(caches, expected, strict=True):
+        assert torch.equal(cache.reshape(whole.shape), whole)
+    for b, n in enumerate(kept):  # the last query of each
+        one = slice(b, b + 1)
+        keys = [x[one, :n] for x in expected]
+        alone = moda_attention(q[one, 2:], *keys, causal=False, return_lse=True)
+        for a, c in zip((out[one, 2:], lse[one, :, 2:]), alone, strict=True):
+            torch.testing.assert_close(a, c, **tolerance(out.dtype))
+
+
 def test_caches_may_share_one_buffer(device):
     """Keys and values side by side in one row of memory, as many servers keep them."""
     case = make_decoding([3, 7], 2, 4, 2, 16, 1, DV=8, append=True, device=device)

@@ -197,6 +197,16 @@ def test_sinks_of_packed_documents(keys, device):
     torch.testing.assert_close(mass, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_sinks_keep_to_the_keys_that_there_are(device):
+    """Borders past k count no key twice; the attention itself refuses them on a CPU."""
+    q, k = (torch.randn(1, 6, 2, 16, device=device) for _ in range(2))
+    lse = torch.full((1, 2, 6), 3.0, device=device)
+    cu, past = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 4, 6], [0, 4, 9]))
+    options = dict(keys=5, causal=False)
+    expected = moda_sink_mass(q, k, lse, **options, cu_seqlens=(cu, cu))
+    assert torch.equal(moda_sink_mass(q, k, lse, **options, cu_seqlens=(cu, past)), expected)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("L", [0, 3])
 @pytest.mark.parametrize("form", FORMS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import moda_reference
-from moda_ops import DepthSlots, DepthStream, moda_attention_varlen
+from moda_ops import DepthSlots, DepthStream, moda_attention_varlen, moda_depth_attention
 
 HQ, H, D, DV, L = 6, 2, 16, 24, 3
 LENGTHS, KEY_LENGTHS = [5, 0, 1, 9], [7, 2, 1, 4]
@@ -196,6 +196,10 @@ ERRORS = [
     (dict(cu_seqlens_k=CU[:-1]), ValueError, "cu_seqlens_q and cu_seqlens_k must have the same length, documents + 1, got 5 and 4"),
     (dict(cu_seqlens_k=CU.to("meta")), ValueError, "cu_seqlens_k must be on q's device cpu, got meta"),
     (dict(cu_seqlens_q=torch.zeros(10, dtype=torch.int32)[::2]), ValueError, "cu_seqlens_q must be contiguous in its last dimension (stride 1), got strides (2,); call .contiguous() if a copy is acceptable"),
+    (dict(cu_seqlens_q=CU + 1), ValueError, "cu_seqlens_q must never fall and must stay within 0..15, got cu_seqlens_q[4] = 16 after 7"),
+    (dict(cu_seqlens_k=starts(KEY_LENGTHS) + 1), ValueError, "cu_seqlens_k must never fall and must stay within 0..14, got cu_seqlens_k[4] = 15 after 11"),
+    (dict(cu_seqlens_q=CU - 1), ValueError, "cu_seqlens_q must never fall and must stay within 0..15, got cu_seqlens_q[0] = -1"),
+    (dict(cu_seqlens_k=CU.flip(0) - 2), ValueError, "cu_seqlens_k must never fall and must stay within 0..14, got cu_seqlens_k[1] = 4 after 13"),
     (dict(plan="fast"), ValueError, "plan must be one of 'auto', 'fused', 'split', got 'fast'"),
     (dict(max_seqlen_q=9.0), TypeError, "max_seqlen_q must be an int, got 9.0"),
     (dict(max_seqlen_k=-1), ValueError, "max_seqlen_k must be at least 0, got -1"),
@@ -207,6 +211,42 @@ def test_message(changes: dict[str, Any], error: type[Exception], message: str) 
     with pytest.raises(error) as caught:
         moda_attention_varlen(**inputs(dtype=torch.float32, **changes))
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("kind", [DepthStream, DepthSlots])
+def test_borders_past_a_stream(kind: Any) -> None:
+    x, cu = torch.zeros(1, 4, 1, 8), starts([3, 2])
+    stream = DepthSlots() if kind is DepthSlots else DepthStream.allocate(1, 1, 4, 1, 8)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must .* got cu_seqlens_q\[2\] = 5 after 3"):
+        stream.attend(x, x, x, cu_seqlens=(cu, cu))
+
+
+def test_borders_in_a_compiled_function() -> None:
+    """Fake tensors have no values: the operator looks when it runs."""
+    x, cu = torch.zeros(5, 1, 8), starts([3, 2])
+    f = torch.compile(moda_attention_varlen, backend="aot_eager", fullgraph=True)
+    f(x, x, x, None, None, cu, cu)
+    with pytest.raises(ValueError, match=r"cu_seqlens_k\[2\] = 6 after 3"):
+        f(x, x, x, None, None, cu, starts([3, 3]))
+
+
+def test_rows_before_the_first_document_see_depth_alone() -> None:
+    x = inputs()
+    whole = leaves(x)
+    for leaf in whole:
+        leaf.requires_grad_()
+    out = moda_attention_varlen(
+        **(x | dict(cu_seqlens_q=CU[1:], cu_seqlens_k=starts(KEY_LENGTHS)[1:]))
+    )
+    depth = [[y[:5] for y in x[name]] for name in ("k_depth", "v_depth")]
+    alone = moda_depth_attention(x["q"][None, :5], *([y[None] for y in z] for z in depth))
+    torch.testing.assert_close(out[None, :5], alone)
+    rest = {name: x[name][5:] for name in ("q",)} | {name: x[name][7:] for name in "kv"}
+    rest |= {name: [y[5:] for y in x[name]] for name in ("k_depth", "v_depth")}
+    cu = CU[1:] - 5, starts(KEY_LENGTHS)[1:] - 7
+    torch.testing.assert_close(out[5:], moda_attention_varlen(*rest.values(), *cu))
+    dk, dv = torch.autograd.grad(out.sum(), [x["k"], x["v"]])
+    assert not dk[:7].any() and not dv[:7].any() and dk[7:].any()
 
 
 def test_backward_checks_what_it_is_given() -> None:

@@ -259,10 +259,9 @@ def _map_of(reading: Reading) -> AttentionMap:
     k = q.new_empty(q.shape[0], 0, H, q.shape[3]) if k is None else k
     left, right = window_sides(options.get("window"))
     right = 0 if options.get("causal", True) else right
-    scale = options.get("scale") or q.shape[-1] ** -0.5
-    p = eager.probabilities(
-        q, k, reading.k_depth, reading.lse, scale, left, right, options.get("softcap")
-    )
+    scale = options.get("scale")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    p = eager.probabilities(q, k, reading.k_depth, scale, left, right, options.get("softcap"))
     return AttentionMap(p[..., : k.shape[1]], p[..., k.shape[1] :], reading.slots)
 
 

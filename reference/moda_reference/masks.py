@@ -57,8 +57,9 @@ def chunk_visible(T: int, chunk_size: int) -> Mask:
 
 
 def reach(T: int, S: int, causal: bool, window: Window) -> tuple[int, int]:
-    """How many keys to the left and to the right a query sees; T + S is past every key."""
-    left, right = (T + S if side is None else side for side in window_sides(window))
+    """How many keys to the left and to the right a query sees; T + S is past every key, and a side
+    that is larger could wrap in 64 bits."""
+    left, right = (T + S if side is None else min(side, T + S) for side in window_sides(window))
     return left, 0 if causal else right
 
 
