@@ -165,7 +165,8 @@ def check_int(name: str, value: object, least: int) -> int:
 
 
 def check_option(name: str, value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+    numbers = int, float, torch.SymInt, torch.SymFloat
+    if value is not None and (isinstance(value, bool) or not isinstance(value, numbers)):
         raise TypeError(f"{name} must be a number or None, got {value!r}")
 
 
@@ -212,7 +213,7 @@ def _slot_list(name: str, depth: Depth | None, axes: Axes) -> list[Tensor]:
 def window_sides(window: Window | None) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
-    sides = (window, window) if isinstance(window, int) else window
+    sides = (window, window) if isinstance(window, (int, torch.SymInt)) else window
     if not isinstance(sides, tuple) or len(sides) != 2:
         raise TypeError(f"window must be None, an int or a pair (left, right), got {window!r}")
     for side in sides:

@@ -1,6 +1,5 @@
 """What the operators accept: one pass over the arguments, errors that name the argument."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -12,6 +11,10 @@ if TYPE_CHECKING:
 
 MAX_HEAD_DIM = 256
 MAX_CAPACITY = 2**31 - 2**20  # of a cache, in tokens; leaves room for what is added to positions
+SCALES = -1e30, 1e30
+SOFTCAPS = 1e-7, 1e30
+"""What float32 carries: scale / softcap and softcap * log2(e) are finite, and a score divided by
+softcap and multiplied by it again is the same to 1e-8, although float32 ends at 1e-38."""
 Plan = Literal["auto", "fused", "split"]
 PLANS = get_args(Plan)
 DTYPES = {
@@ -223,14 +226,22 @@ def check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> N
 def _check_options(options: "Options") -> None:
     if options.plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(map(repr, PLANS))}, got {options.plan!r}")
-    if options.scale is not None and not math.isfinite(options.scale):
-        raise ValueError(f"scale must be finite, got {options.scale}")
-    if options.softcap is not None and not 0 < options.softcap < math.inf:
-        raise ValueError(f"softcap must be a positive finite number, got {options.softcap}")
+    _check_number("scale", options.scale, *SCALES)
+    _check_number("softcap", options.softcap, *SOFTCAPS)
     for name in ("window_left", "window_right"):
         side = getattr(options, name)
         if side is not None and side < 0:
             raise ValueError(f"{name} must be >= 0 (None is unbounded), got {side}")
+
+
+def _check_number(name: str, value: object, least: float, most: float) -> None:
+    """A symbol has no value yet: the operator checks the one that it is called with."""
+    if value is None or isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a real number or None, got {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be within {least:g}..{most:g}, got {value}")
 
 
 def check_chunk_size(chunk_size: int) -> None:

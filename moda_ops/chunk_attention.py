@@ -21,7 +21,7 @@ from moda_ops.attention import (
 from moda_ops.checks import check_attention, check_backward, check_chunk_size
 from moda_ops.ops import LIBRARY, Options
 
-OPTIONS = "*, SymInt chunk_size, float? scale=None, SymInt? window_left=None, float? softcap=None"
+OPTIONS = "*, SymInt chunk_size, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
 LIBRARY.define(
     "chunk_attention(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "
     f"{OPTIONS}) -> (Tensor out, Tensor lse)",

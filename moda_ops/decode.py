@@ -22,7 +22,7 @@ from moda_ops.autograd import refuse_gradients
 from moda_ops.checks import DECODING, check_both, check_decode
 from moda_ops.ops import LIBRARY, Options, implementation, lse_dtype
 
-OPTIONS = "*, float? scale=None, SymInt? window_left=None, float? softcap=None"
+OPTIONS = "*, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
 LIBRARY.define(
     "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] k_depth, Tensor[] v_depth, "
     f"Tensor cache_seqlens, Tensor? block_table=None, {OPTIONS}) -> (Tensor out, Tensor lse)",

@@ -21,12 +21,12 @@ from moda_ops.ops import LIBRARY, Options
 
 LIBRARY.define(
     "depth_attention(Tensor q, Tensor[] k_depth, Tensor[] v_depth, "
-    "*, float? scale=None, float? softcap=None) -> (Tensor out, Tensor lse)",
+    "*, Scalar? scale=None, Scalar? softcap=None) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
     "depth_attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor[] k_depth, "
-    "Tensor[] v_depth, Tensor out, Tensor lse, *, float? scale=None, float? softcap=None) "
+    "Tensor[] v_depth, Tensor out, Tensor lse, *, Scalar? scale=None, Scalar? softcap=None) "
     "-> (Tensor dq, Tensor[] dk_depth, Tensor[] dv_depth)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
