@@ -20,6 +20,7 @@ PLANS = get_args(Plan)
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
+    "meta": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
 }
 
 
@@ -128,13 +129,35 @@ def check_depth_mass(
 def _check_depth(
     q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], H: int, DV: int, axes: Axes
 ) -> None:
+    check_same_form(k_depth, v_depth, axes)
+    L = _check_slots("k_depth", "D", q, k_depth, H, q.shape[-1], axes)
+    _check_slots("v_depth", "DV", q, v_depth, H, DV, axes, L)
+
+
+def is_packed(depth: Sequence[Tensor], axes: Axes = BATCHED) -> bool:
+    """Whether a list is the operators' form of one packed tensor, and not a list of slots."""
+    return len(depth) == 1 and depth[0].dim() == axes.rank + 3
+
+
+def check_same_form(k_depth: Sequence[Tensor], v_depth: Sequence[Tensor], axes: Axes) -> None:
+    """Raise unless both are lists of as many slots, or both packed tensors."""
+    packed = is_packed(k_depth, axes), is_packed(v_depth, axes)
+    if packed[0] != packed[1]:
+        k, v = (
+            f"one packed tensor of shape {_shape(depth[0])}"
+            if is_packed(depth, axes)
+            else f"a list of {len(depth)} slots"
+            for depth in (k_depth, v_depth)
+        )
+        raise ValueError(
+            "k_depth and v_depth must both be lists of slots or both packed tensors, "
+            f"got {k} and {v}"
+        )
     if len(k_depth) != len(v_depth):
         raise ValueError(
             "k_depth and v_depth must have the same number of slots, "
             f"got {len(k_depth)} and {len(v_depth)}"
         )
-    L = _check_slots("k_depth", "D", q, k_depth, H, q.shape[-1], axes)
-    _check_slots("v_depth", "DV", q, v_depth, H, DV, axes, L)
 
 
 def _check_slots(
@@ -149,7 +172,7 @@ def _check_slots(
 ) -> int | None:
     """One of the two depths; ``L`` is the other's number of packed slots, None of a list."""
     tokens = q.shape[: axes.rank]
-    if L is not None or (len(depth) == 1 and depth[0].dim() == axes.rank + 3):
+    if is_packed(depth, axes):
         L = depth[0].shape[-3] if L is None else L
         dims = f"({axes.queries}, L, H, {width})"
         _check_input(name, depth[0], (*tokens, L, H, D), dims, q)
@@ -167,7 +190,7 @@ def _check_query(q: Tensor, axes: Axes) -> None:
     """Device, dtype and rank."""
     device = q.device.type
     if device not in DTYPES:
-        raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
+        raise ValueError(f"q must be on a cpu, cuda or meta device, got {q.device}")
     if q.dtype not in DTYPES[device]:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[device])
         raise TypeError(f"q must have one of the dtypes {allowed} on {device}, got {q.dtype}")

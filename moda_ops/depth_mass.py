@@ -24,8 +24,8 @@ from moda_ops.checks import check_cu_seqlens, check_depth_mass, check_like
 from moda_ops.ops import LIBRARY, Options
 
 LIBRARY.define(
-    "depth_mass(Tensor q, Tensor[] k_depth, Tensor lse, *, Scalar? scale=None, Scalar? softcap=None)"
-    " -> Tensor mass",
+    "depth_mass(Tensor q, Tensor[] k_depth, Tensor lse, "
+    "*, Scalar? scale=None, Scalar? softcap=None) -> Tensor mass",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
