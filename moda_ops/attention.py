@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moda_ops.checks import BATCHED, Axes, Plan, check_both
+from moda_ops.names import knows_other_names
 
 Depth = Sequence[Tensor] | Tensor
 Window = int | tuple[int | None, int | None]
@@ -46,6 +47,7 @@ def moda_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@knows_other_names
 def moda_attention(
     q: Tensor,
     k: Tensor,
@@ -151,14 +153,16 @@ def check_tensors(**arguments: object) -> None:
 
 
 def check_bool(name: str, value: object) -> bool:
+    if isinstance(value, torch.SymBool):
+        return bool(value)  # a mask is one or the other: a compiler guards on it
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
+        raise TypeError(f"{name} must be a bool, got {_repr(value)}")
     return value
 
 
 def check_int(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {_repr(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return value  # type: ignore[return-value]
@@ -167,12 +171,23 @@ def check_int(name: str, value: object, least: int) -> int:
 def check_option(name: str, value: object) -> None:
     numbers = int, float, torch.SymInt, torch.SymFloat
     if value is not None and (isinstance(value, bool) or not isinstance(value, numbers)):
-        raise TypeError(f"{name} must be a number or None, got {value!r}")
+        raise TypeError(f"{name} must be a number or None, got {_repr(value)}")
+
+
+def _repr(value: object) -> str:
+    """Of an argument that should be a Python number; NumPy's and tensors can become one."""
+    return f"{value!r}; call .item()" if hasattr(value, "item") else repr(value)
 
 
 def check_plan(value: object) -> None:
     if not isinstance(value, str):
         raise TypeError(f"plan must be a string, got {value!r}")
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast casts tensors there; PyTorch raises where it has no autocast, as on meta."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def slot_lists(
@@ -215,10 +230,12 @@ def window_sides(window: Window | None) -> tuple[int | None, int | None]:
         return None, None
     sides = (window, window) if isinstance(window, (int, torch.SymInt)) else window
     if not isinstance(sides, tuple) or len(sides) != 2:
-        raise TypeError(f"window must be None, an int or a pair (left, right), got {window!r}")
+        raise TypeError(
+            f"window must be None, an int or a tuple (left, right), got {_repr(window)}"
+        )
     for side in sides:
         if isinstance(side, bool) or not (side is None or isinstance(side, (int, torch.SymInt))):
-            raise TypeError(f"window sides must be ints or None, got {window!r}")
+            raise TypeError(f"window sides must be ints or None, got {_repr(side)}")
         if side is not None and side < 0:
             raise ValueError(f"window sides must be >= 0 (None is unbounded), got {window!r}")
     return sides

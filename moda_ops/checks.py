@@ -76,7 +76,7 @@ def _check_last_stride(name: str, tensor: Tensor) -> None:
 def _check_indices(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, q: Tensor) -> None:
     """Shape, int32, q's device, and unit stride in the last axis."""
     if tensor.dtype is not torch.int32:
-        raise TypeError(f"{name} must have dtype torch.int32, got {tensor.dtype}")
+        raise TypeError(f"{name} must have dtype torch.int32, got {tensor.dtype}; call .int()")
     check_like(name, tensor, shape, dims, torch.int32, q.device)
     _check_last_stride(name, tensor)
 
@@ -146,7 +146,7 @@ def check_same_form(k_depth: Sequence[Tensor], v_depth: Sequence[Tensor], axes: 
         k, v = (
             f"one packed tensor of shape {_shape(depth[0])}"
             if is_packed(depth, axes)
-            else f"a list of {len(depth)} slots"
+            else f"a list of length {len(depth)}"
             for depth in (k_depth, v_depth)
         )
         raise ValueError(
@@ -220,7 +220,8 @@ def _check_heads(HQ: int, H: int, D: int, DV: int, k: str, v: str) -> None:
     """``k`` and ``v`` are the arguments' names."""
     if H == 0 or HQ == 0 or HQ % H:
         raise ValueError(
-            f"q's heads must be a positive multiple of {k}'s, got HQ = {HQ} and H = {H}"
+            f"q's heads must be a positive multiple of {k}'s, got HQ = {HQ} and H = {H}; "
+            "heads are the second to last dimension"
         )
     for name, dim in (("q", D), (v, DV)):
         if not 1 <= dim <= MAX_HEAD_DIM:
@@ -269,7 +270,7 @@ def _check_number(name: str, value: object, least: float, most: float) -> None:
 
 def check_chunk_size(chunk_size: int) -> None:
     if chunk_size < 1:
-        raise ValueError(f"chunk_size must be >= 1, got {chunk_size}")
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
 def check_backward(

@@ -13,12 +13,14 @@ from moda_ops.attention import (
     Depth,
     Window,
     check_bool,
+    check_int,
     check_option,
     check_tensors,
     slot_lists,
     window_sides,
 )
 from moda_ops.checks import check_attention, check_backward, check_chunk_size
+from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options
 
 OPTIONS = "*, SymInt chunk_size, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
@@ -67,6 +69,7 @@ def moda_chunk_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@knows_other_names
 def moda_chunk_attention(
     q: Tensor,
     k: Tensor,
@@ -132,8 +135,7 @@ def moda_chunk_attention(
         True
     """
     check_tensors(q=q, k=k, v=v)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, torch.SymInt)):
-        raise TypeError(f"chunk_size must be an int, got {chunk_size!r}")
+    check_int("chunk_size", chunk_size, 1)
     check_option("scale", scale)
     check_option("softcap", softcap)
     check_bool("return_lse", return_lse)

@@ -20,6 +20,7 @@ from moda_ops.attention import (
 )
 from moda_ops.autograd import refuse_gradients
 from moda_ops.checks import DECODING, check_both, check_decode
+from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options, implementation, lse_dtype
 
 OPTIONS = "*, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
@@ -62,6 +63,8 @@ def _decode_append(
     block_table: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
+    if k_cache.numel() and k_cache.data_ptr() == v_cache.data_ptr():
+        raise ValueError("k_cache and v_cache are both written to and must not share memory")
     caches, depth = (k_cache, v_cache), (k_depth, v_depth)
     results = _run(q, caches, depth, cache_seqlens, block_table, (k_new, v_new), options)
     for cache in caches:
@@ -177,6 +180,7 @@ def moda_decode(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@knows_other_names
 def moda_decode(
     q: Tensor,
     k_cache: Tensor,

@@ -17,6 +17,7 @@ from moda_ops.attention import (
     slot_lists,
 )
 from moda_ops.checks import check_backward, check_depth_attention, depth_heads
+from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options
 
 LIBRARY.define(
@@ -56,6 +57,7 @@ def moda_depth_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@knows_other_names
 def moda_depth_attention(
     q: Tensor,
     k_depth: Depth | None,

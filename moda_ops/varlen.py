@@ -21,6 +21,7 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.checks import PACKED, Plan, check_attention, check_backward, check_cu_seqlens
+from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, OPTIONS, Options, empty_like, lse_dtype
 
 LIBRARY.define(
@@ -193,6 +194,7 @@ def moda_attention_varlen(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@knows_other_names
 def moda_attention_varlen(
     q: Tensor,
     k: Tensor,
