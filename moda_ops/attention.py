@@ -84,11 +84,11 @@ def moda_attention(
         v_depth: depth values in the same form: slots (B, T, H, DV) or packed (B, T, L, H, DV).
         causal: query t sits at key position t + S - T (bottom-right alignment) and sees the keys up
             to that position. ``False`` shows all keys. Depth slots are never masked.
-        scale: factor on every score; default 1 / sqrt(D).
+        scale: factor on every score, within -1e30..1e30; default 1 / sqrt(D).
         window: ``(left, right)`` shows the keys within [position - left, position + right], both
             ends included, ``None`` on a side is unbounded; an int w means (w, w). Under ``causal``
             nothing on the right is visible whatever ``right`` says.
-        softcap: c > 0 replaces each score x, of both kinds, by c * tanh(x / c).
+        softcap: c within 1e-7..1e30 replaces each score x, of both kinds, by c * tanh(x / c).
         plan: on a GPU, "fused" runs Triton kernels alone; "split" leaves the sequence to the
             library behind ``scaled_dot_product_attention`` and runs Triton kernels for depth;
             "auto" splits passes with much arithmetic in the sequence, where cuDNN takes them and
@@ -106,7 +106,8 @@ def moda_attention(
         logarithm. A row that sees nothing has out = 0, lse = -inf and zero gradients.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, an option outside its range, or
             ``plan="split"`` for a forward that no library covers (float32, a window, softcap, a
             causal mask with S > T).

@@ -108,10 +108,10 @@ def moda_chunk_attention(
         v_depth: depth values in the same form: slots (B, T, H, DV) or packed (B, T, L, H, DV).
         chunk_size: C >= 1, in tokens of q whatever S, G and the block sizes of kernels are; a C
             above T is one chunk.
-        scale: factor on every score; default 1 / sqrt(D).
+        scale: factor on every score, within -1e30..1e30; default 1 / sqrt(D).
         window: ``(left, right)`` or an int, as for ``moda_attention``: of the sequence, a query
             sees the keys from position - left on. Depth keys are seen whatever it says.
-        softcap: c > 0 replaces each score x, of both kinds, by c * tanh(x / c).
+        softcap: c within 1e-7..1e30 replaces each score x, of both kinds, by c * tanh(x / c).
         return_lse: also return ``lse``.
 
     Returns:
@@ -120,7 +120,8 @@ def moda_chunk_attention(
         logarithm.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, or an option outside its range.
 
     Example:

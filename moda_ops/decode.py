@@ -227,16 +227,17 @@ def moda_decode(
             when the cache holds the new tokens already. Not changed by the call. Any length may be
             0; a token with pos < 0 sees no key of the cache.
         k_new: keys of the new tokens, (B, N, H, D), q's dtype. They are written **in place** to
-            positions cache_seqlens[b] .. cache_seqlens[b] + N - 1 before anything is read.
+            positions cache_seqlens[b] .. cache_seqlens[b] + N - 1 before anything is read. The two
+            caches may be views of one tensor but must not overlap.
         v_new: values likewise, (B, N, H, DV).
         block_table: (B, max_pages) int32: position n of sequence b lies in page
             block_table[b, n // page_size], at n % page_size. Any page_size >= 1; 16, 32 and
             multiples of 64 are fast. Entries of pages that no query sees, and no new token goes to,
             are not read.
-        scale: factor on every score; default 1 / sqrt(D).
+        scale: factor on every score, within -1e30..1e30; default 1 / sqrt(D).
         window: ``(left, right)`` or an int, as in ``moda_attention``: also hides n < pos - left.
             ``right`` hides nothing more.
-        softcap: c > 0 replaces each score x, of both kinds, by c * tanh(x / c).
+        softcap: c within 1e-7..1e30 replaces each score x, of both kinds, by c * tanh(x / c).
         return_lse: also return ``lse``.
 
     A sequence that is longer than its part of the cache, S_max or max_pages * page_size, cannot be
@@ -249,7 +250,8 @@ def moda_decode(
         logarithm. A row that sees nothing has out = 0 and lse = -inf.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, or an option outside its range.
         RuntimeError: an argument requires a gradient and gradients are on. Nothing is written when
             an error is raised.

@@ -86,8 +86,8 @@ def moda_depth_attention(
             (B, T, L, H, D). HQ = G * H for an integer G >= 1.
         v_depth: depth values in the same form: slots (B, T, H, DV) or packed (B, T, L, H, DV).
             1 <= D, DV <= 256. ``None`` and the empty list mean L = 0 and DV = D.
-        scale: factor on every score; default 1 / sqrt(D).
-        softcap: c > 0 replaces each score x by c * tanh(x / c).
+        scale: factor on every score, within -1e30..1e30; default 1 / sqrt(D).
+        softcap: c within 1e-7..1e30 replaces each score x by c * tanh(x / c).
         return_lse: also return ``lse``.
 
     Returns:
@@ -96,7 +96,8 @@ def moda_depth_attention(
         logarithm. Where L = 0, out = 0, lse = -inf and the gradient of q is zero.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, or an option outside its range.
 
     Example:

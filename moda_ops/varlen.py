@@ -242,7 +242,8 @@ def moda_attention_varlen(
         (HQ, total_q) in float32 (float64 for float64 inputs), natural logarithm.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, or an option outside its range.
 
     Example:
