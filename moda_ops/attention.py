@@ -154,11 +154,11 @@ def check_tensors(**arguments: object) -> None:
 
 
 def check_bool(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
     if isinstance(value, torch.SymBool):
         return bool(value)  # a mask is one or the other: a compiler guards on it
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {_repr(value)}")
-    return value
+    raise TypeError(f"{name} must be a bool, got {_repr(value)}")
 
 
 def check_int(name: str, value: object, least: int) -> int:
@@ -170,8 +170,9 @@ def check_int(name: str, value: object, least: int) -> int:
 
 
 def check_option(name: str, value: object) -> None:
-    numbers = int, float, torch.SymInt, torch.SymFloat
-    if value is not None and (isinstance(value, bool) or not isinstance(value, numbers)):
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number or None, got {_repr(value)}")
 
 

@@ -120,18 +120,11 @@ def check_depth_mass(
     """Raise ValueError or TypeError unless the arguments of ``moda::depth_mass`` fit together."""
     _check_query(q, BATCHED)
     (B, T, HQ, D), (H, _) = q.shape, depth_heads(q, k_depth, [])
-    _check_slots("k_depth", "D", q, k_depth, H, D, BATCHED)
+    L = k_depth[0].shape[-3] if is_packed(k_depth) else None
+    _check_slots("k_depth", "D", q, k_depth, H, D, BATCHED, L)
     _check_heads(HQ, H, D, D, "k_depth", "q")
     check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", lse_dtype, q.device)
     _check_options(options)
-
-
-def _check_depth(
-    q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], H: int, DV: int, axes: Axes
-) -> None:
-    check_same_form(k_depth, v_depth, axes)
-    L = _check_slots("k_depth", "D", q, k_depth, H, q.shape[-1], axes)
-    _check_slots("v_depth", "DV", q, v_depth, H, DV, axes, L)
 
 
 def is_packed(depth: Sequence[Tensor], axes: Axes = BATCHED) -> bool:
@@ -139,10 +132,13 @@ def is_packed(depth: Sequence[Tensor], axes: Axes = BATCHED) -> bool:
     return len(depth) == 1 and depth[0].dim() == axes.rank + 3
 
 
-def check_same_form(k_depth: Sequence[Tensor], v_depth: Sequence[Tensor], axes: Axes) -> None:
-    """Raise unless both are lists of as many slots, or both packed tensors."""
-    packed = is_packed(k_depth, axes), is_packed(v_depth, axes)
-    if packed[0] != packed[1]:
+def _check_depth(
+    q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], H: int, DV: int, axes: Axes
+) -> None:
+    if not k_depth and not v_depth:
+        return
+    packed = is_packed(k_depth, axes)
+    if packed != is_packed(v_depth, axes):
         k, v = (
             f"one packed tensor of shape {_shape(depth[0])}"
             if is_packed(depth, axes)
@@ -158,6 +154,9 @@ def check_same_form(k_depth: Sequence[Tensor], v_depth: Sequence[Tensor], axes: 
             "k_depth and v_depth must have the same number of slots, "
             f"got {len(k_depth)} and {len(v_depth)}"
         )
+    L = k_depth[0].shape[-3] if packed else None
+    _check_slots("k_depth", "D", q, k_depth, H, q.shape[-1], axes, L)
+    _check_slots("v_depth", "DV", q, v_depth, H, DV, axes, L)
 
 
 def _check_slots(
@@ -168,22 +167,19 @@ def _check_slots(
     H: int,
     D: int,
     axes: Axes,
-    L: int | None = None,
-) -> int | None:
-    """One of the two depths; ``L`` is the other's number of packed slots, None of a list."""
+    L: int | None,
+) -> None:
+    """One of the two depths; ``L`` is the number of packed slots, None of a list."""
     tokens = q.shape[: axes.rank]
-    if is_packed(depth, axes):
-        L = depth[0].shape[-3] if L is None else L
+    if L is not None:
         dims = f"({axes.queries}, L, H, {width})"
-        _check_input(name, depth[0], (*tokens, L, H, D), dims, q)
-        return L
+        return _check_input(name, depth[0], (*tokens, L, H, D), dims, q)
     shape, dims = (*tokens, H, D), f"({axes.queries}, H, {width})"
     dtype, device = q.dtype, q.device
     for i, x in enumerate(depth):  # there may be hundreds: the cheapest test first
         fits = x.shape == shape and x.dtype is dtype and x.device == device
         if not (fits and x.stride(-1) == 1):
             _check_input(f"{name}[{i}]", x, shape, dims, q)
-    return None
 
 
 def _check_query(q: Tensor, axes: Axes) -> None:
@@ -250,8 +246,10 @@ def check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> N
 def _check_options(options: "Options") -> None:
     if options.plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(map(repr, PLANS))}, got {options.plan!r}")
-    _check_number("scale", options.scale, *SCALES)
-    _check_number("softcap", options.softcap, *SOFTCAPS)
+    if options.scale is not None:
+        _check_number("scale", options.scale, *SCALES)
+    if options.softcap is not None:
+        _check_number("softcap", options.softcap, *SOFTCAPS)
     for name in ("window_left", "window_right"):
         side = getattr(options, name)
         if side is not None and side < 0:
@@ -260,10 +258,10 @@ def _check_options(options: "Options") -> None:
 
 def _check_number(name: str, value: object, least: float, most: float) -> None:
     """A symbol has no value yet: the operator checks the one that it is called with."""
-    if value is None or isinstance(value, (torch.SymInt, torch.SymFloat)):
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return
     if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a real number or None, got {value!r}")
+        raise TypeError(f"{name} must be a real number, got {value!r}")
     if not least <= value <= most:
         raise ValueError(f"{name} must be within {least:g}..{most:g}, got {value}")
 
