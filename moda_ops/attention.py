@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moda_ops.checks import BATCHED, Axes, Plan, check_both
+from moda_ops.names import knows_other_names
 
 Depth = Sequence[Tensor] | Tensor
 Window = int | tuple[int | None, int | None]
@@ -46,6 +47,7 @@ def moda_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@knows_other_names
 def moda_attention(
     q: Tensor,
     k: Tensor,
@@ -82,11 +84,11 @@ def moda_attention(
         v_depth: depth values in the same form: slots (B, T, H, DV) or packed (B, T, L, H, DV).
         causal: query t sits at key position t + S - T (bottom-right alignment) and sees the keys up
             to that position. ``False`` shows all keys. Depth slots are never masked.
-        scale: factor on every score; default 1 / sqrt(D).
+        scale: factor on every score, within -1e30..1e30; default 1 / sqrt(D).
         window: ``(left, right)`` shows the keys within [position - left, position + right], both
             ends included, ``None`` on a side is unbounded; an int w means (w, w). Under ``causal``
             nothing on the right is visible whatever ``right`` says.
-        softcap: c > 0 replaces each score x, of both kinds, by c * tanh(x / c).
+        softcap: c within 1e-7..1e30 replaces each score x, of both kinds, by c * tanh(x / c).
         plan: on a GPU, "fused" runs Triton kernels alone; "split" leaves the sequence to the
             library behind ``scaled_dot_product_attention`` and runs Triton kernels for depth;
             "auto" splits passes with much arithmetic in the sequence, where cuDNN takes them and
@@ -104,7 +106,8 @@ def moda_attention(
         logarithm. A row that sees nothing has out = 0, lse = -inf and zero gradients.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, an option outside its range, or
             ``plan="split"`` for a forward that no library covers (float32, a window, softcap, a
             causal mask with S > T).
@@ -151,27 +154,42 @@ def check_tensors(**arguments: object) -> None:
 
 
 def check_bool(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
-    return value
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, torch.SymBool):
+        return bool(value)  # a mask is one or the other: a compiler guards on it
+    raise TypeError(f"{name} must be a bool, got {_repr(value)}")
 
 
 def check_int(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {_repr(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return value  # type: ignore[return-value]
 
 
 def check_option(name: str, value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"{name} must be a number or None, got {value!r}")
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number or None, got {_repr(value)}")
+
+
+def _repr(value: object) -> str:
+    """Of an argument that should be a Python number; NumPy's and tensors can become one."""
+    return f"{value!r}; call .item()" if hasattr(value, "item") else repr(value)
 
 
 def check_plan(value: object) -> None:
     if not isinstance(value, str):
         raise TypeError(f"plan must be a string, got {value!r}")
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast casts tensors there; PyTorch raises where it has no autocast, as on meta."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def slot_lists(
@@ -212,12 +230,14 @@ def _slot_list(name: str, depth: Depth | None, axes: Axes) -> list[Tensor]:
 def window_sides(window: Window | None) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
-    sides = (window, window) if isinstance(window, int) else window
+    sides = (window, window) if isinstance(window, (int, torch.SymInt)) else window
     if not isinstance(sides, tuple) or len(sides) != 2:
-        raise TypeError(f"window must be None, an int or a pair (left, right), got {window!r}")
+        raise TypeError(
+            f"window must be None, an int or a tuple (left, right), got {_repr(window)}"
+        )
     for side in sides:
         if isinstance(side, bool) or not (side is None or isinstance(side, (int, torch.SymInt))):
-            raise TypeError(f"window sides must be ints or None, got {window!r}")
+            raise TypeError(f"window sides must be ints or None, got {_repr(side)}")
         if side is not None and side < 0:
             raise ValueError(f"window sides must be >= 0 (None is unbounded), got {window!r}")
     return sides

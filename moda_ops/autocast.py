@@ -5,28 +5,38 @@ by tensor, and so are the results. Integer tensors stay as they are. The gradien
 dtypes of the arguments, for the casts are part of the graph.
 
 An operator that has memory, a cache or a stream's buffer, computes in the memory's dtype: casting
-the memory would copy all of it, and lose what is written to it. Backward operators have no rule;
-they take what the forward has saved.
+the memory would copy all of it, and lose what is written to it. ``lse`` is a result of attention,
+which has its dtype whatever autocast says. Backward operators have no rule; they take what the
+forward has saved.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moda_ops.ops import LIBRARY
 
-MEMORY: dict[str, tuple[str, ...]] = {
-    "attention": (),
-    "attention_varlen": (),
-    "chunk_attention": (),
-    "depth_attention": (),
-    "decode": ("k_cache", "v_cache"),
-    "decode_": ("k_cache", "v_cache"),
-    "stream_write": ("buffer", "token"),
-    "stream_attention": ("buffer", "token"),
+
+class Rule(NamedTuple):
+    """Arguments that are not cast."""
+
+    memory: tuple[str, ...] = ()
+    """The first of these has the dtype for the others, in place of autocast's."""
+    as_given: tuple[str, ...] = ()
+
+
+RULES = {
+    "attention": Rule(),
+    "attention_varlen": Rule(),
+    "chunk_attention": Rule(),
+    "depth_attention": Rule(),
+    "depth_mass": Rule(as_given=("lse",)),
+    "decode": Rule(memory=("k_cache", "v_cache")),
+    "decode_": Rule(memory=("k_cache", "v_cache")),
+    "stream_write": Rule(memory=("buffer", "token")),
+    "stream_attention": Rule(memory=("buffer", "token")),
 }
-"""Which arguments are never cast, by operator; the first of them has the dtype for the others."""
 
 
 def _cast(x: Any, device: str, dtype: torch.dtype) -> Any:
@@ -37,15 +47,16 @@ def _cast(x: Any, device: str, dtype: torch.dtype) -> Any:
     return x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x
 
 
-def _register(name: str, memory: tuple[str, ...], device: str) -> None:
+def _register(name: str, rule: Rule, device: str) -> None:
     op = getattr(torch.ops.moda, name).default
     names = [argument.name for argument in op._schema.arguments]
-    kept = [names.index(argument) for argument in memory]
+    memory = names.index(rule.memory[0]) if rule.memory else None
+    kept = [names.index(argument) for argument in (*rule.memory, *rule.as_given)]
     key = f"Autocast{device.upper()}"
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def autocast(*arguments: Any, **options: Any) -> Any:
-        dtype = arguments[kept[0]].dtype if kept else torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(device) if memory is None else arguments[memory].dtype
         arguments = tuple(
             x if i in kept else _cast(x, device, dtype) for i, x in enumerate(arguments)
         )
@@ -55,6 +66,6 @@ def _register(name: str, memory: tuple[str, ...], device: str) -> None:
     LIBRARY.impl(name, autocast, key)
 
 
-for _name, _memory in MEMORY.items():
+for _name, _rule in RULES.items():
     for _device in ("cpu", "cuda"):
-        _register(_name, _memory, _device)
+        _register(_name, _rule, _device)

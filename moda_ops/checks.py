@@ -1,6 +1,5 @@
 """What the operators accept: one pass over the arguments, errors that name the argument."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -12,11 +11,16 @@ if TYPE_CHECKING:
 
 MAX_HEAD_DIM = 256
 MAX_CAPACITY = 2**30 - 2**20  # of a cache, in tokens; leaves room for what is added to positions
+SCALES = -1e30, 1e30
+SOFTCAPS = 1e-7, 1e30
+"""What float32 carries: scale / softcap and softcap * log2(e) are finite, and a score divided by
+softcap and multiplied by it again is the same to 1e-8, although float32 ends at 1e-38."""
 Plan = Literal["auto", "fused", "split"]
 PLANS = get_args(Plan)
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
+    "meta": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
 }
 
 
@@ -72,7 +76,7 @@ def _check_last_stride(name: str, tensor: Tensor) -> None:
 def _check_indices(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, q: Tensor) -> None:
     """Shape, int32, q's device, and unit stride in the last axis."""
     if tensor.dtype is not torch.int32:
-        raise TypeError(f"{name} must have dtype torch.int32, got {tensor.dtype}")
+        raise TypeError(f"{name} must have dtype torch.int32, got {tensor.dtype}; call .int()")
     check_like(name, tensor, shape, dims, torch.int32, q.device)
     _check_last_stride(name, tensor)
 
@@ -116,21 +120,42 @@ def check_depth_mass(
     """Raise ValueError or TypeError unless the arguments of ``moda::depth_mass`` fit together."""
     _check_query(q, BATCHED)
     (B, T, HQ, D), (H, _) = q.shape, depth_heads(q, k_depth, [])
-    _check_slots("k_depth", "D", q, k_depth, H, D, BATCHED)
+    L = k_depth[0].shape[-3] if is_packed(k_depth) else None
+    _check_slots("k_depth", "D", q, k_depth, H, D, BATCHED, L)
     _check_heads(HQ, H, D, D, "k_depth", "q")
     check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", lse_dtype, q.device)
     _check_options(options)
 
 
+def is_packed(depth: Sequence[Tensor], axes: Axes = BATCHED) -> bool:
+    """Whether a list is the operators' form of one packed tensor, and not a list of slots."""
+    return len(depth) == 1 and depth[0].dim() == axes.rank + 3
+
+
 def _check_depth(
     q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], H: int, DV: int, axes: Axes
 ) -> None:
+    if not k_depth and not v_depth:
+        return
+    packed = is_packed(k_depth, axes)
+    if packed != is_packed(v_depth, axes):
+        k, v = (
+            f"one packed tensor of shape {_shape(depth[0])}"
+            if is_packed(depth, axes)
+            else f"a list of length {len(depth)}"
+            for depth in (k_depth, v_depth)
+        )
+        raise ValueError(
+            "k_depth and v_depth must both be lists of slots or both packed tensors, "
+            f"got {k} and {v}"
+        )
     if len(k_depth) != len(v_depth):
         raise ValueError(
             "k_depth and v_depth must have the same number of slots, "
             f"got {len(k_depth)} and {len(v_depth)}"
         )
-    L = _check_slots("k_depth", "D", q, k_depth, H, q.shape[-1], axes)
+    L = k_depth[0].shape[-3] if packed else None
+    _check_slots("k_depth", "D", q, k_depth, H, q.shape[-1], axes, L)
     _check_slots("v_depth", "DV", q, v_depth, H, DV, axes, L)
 
 
@@ -142,29 +167,26 @@ def _check_slots(
     H: int,
     D: int,
     axes: Axes,
-    L: int | None = None,
-) -> int | None:
-    """One of the two depths; ``L`` is the other's number of packed slots, None of a list."""
+    L: int | None,
+) -> None:
+    """One of the two depths; ``L`` is the number of packed slots, None of a list."""
     tokens = q.shape[: axes.rank]
-    if L is not None or (len(depth) == 1 and depth[0].dim() == axes.rank + 3):
-        L = depth[0].shape[-3] if L is None else L
+    if L is not None:
         dims = f"({axes.queries}, L, H, {width})"
-        _check_input(name, depth[0], (*tokens, L, H, D), dims, q)
-        return L
+        return _check_input(name, depth[0], (*tokens, L, H, D), dims, q)
     shape, dims = (*tokens, H, D), f"({axes.queries}, H, {width})"
     dtype, device = q.dtype, q.device
     for i, x in enumerate(depth):  # there may be hundreds: the cheapest test first
         fits = x.shape == shape and x.dtype is dtype and x.device == device
         if not (fits and x.stride(-1) == 1):
             _check_input(f"{name}[{i}]", x, shape, dims, q)
-    return None
 
 
 def _check_query(q: Tensor, axes: Axes) -> None:
     """Device, dtype and rank."""
     device = q.device.type
     if device not in DTYPES:
-        raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
+        raise ValueError(f"q must be on a cpu, cuda or meta device, got {q.device}")
     if q.dtype not in DTYPES[device]:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[device])
         raise TypeError(f"q must have one of the dtypes {allowed} on {device}, got {q.dtype}")
@@ -194,7 +216,8 @@ def _check_heads(HQ: int, H: int, D: int, DV: int, k: str, v: str) -> None:
     """``k`` and ``v`` are the arguments' names."""
     if H == 0 or HQ == 0 or HQ % H:
         raise ValueError(
-            f"q's heads must be a positive multiple of {k}'s, got HQ = {HQ} and H = {H}"
+            f"q's heads must be a positive multiple of {k}'s, got HQ = {HQ} and H = {H}; "
+            "heads are the second to last dimension"
         )
     for name, dim in (("q", D), (v, DV)):
         if not 1 <= dim <= MAX_HEAD_DIM:
@@ -223,19 +246,29 @@ def check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> N
 def _check_options(options: "Options") -> None:
     if options.plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(map(repr, PLANS))}, got {options.plan!r}")
-    if options.scale is not None and not math.isfinite(options.scale):
-        raise ValueError(f"scale must be finite, got {options.scale}")
-    if options.softcap is not None and not 0 < options.softcap < math.inf:
-        raise ValueError(f"softcap must be a positive finite number, got {options.softcap}")
+    if options.scale is not None:
+        _check_number("scale", options.scale, *SCALES)
+    if options.softcap is not None:
+        _check_number("softcap", options.softcap, *SOFTCAPS)
     for name in ("window_left", "window_right"):
         side = getattr(options, name)
         if side is not None and side < 0:
             raise ValueError(f"{name} must be >= 0 (None is unbounded), got {side}")
 
 
+def _check_number(name: str, value: object, least: float, most: float) -> None:
+    """A symbol has no value yet: the operator checks the one that it is called with."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be within {least:g}..{most:g}, got {value}")
+
+
 def check_chunk_size(chunk_size: int) -> None:
     if chunk_size < 1:
-        raise ValueError(f"chunk_size must be >= 1, got {chunk_size}")
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
 def check_backward(

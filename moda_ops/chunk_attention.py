@@ -13,15 +13,17 @@ from moda_ops.attention import (
     Depth,
     Window,
     check_bool,
+    check_int,
     check_option,
     check_tensors,
     slot_lists,
     window_sides,
 )
 from moda_ops.checks import check_attention, check_backward, check_chunk_size
+from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options
 
-OPTIONS = "*, SymInt chunk_size, float? scale=None, SymInt? window_left=None, float? softcap=None"
+OPTIONS = "*, SymInt chunk_size, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
 LIBRARY.define(
     "chunk_attention(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "
     f"{OPTIONS}) -> (Tensor out, Tensor lse)",
@@ -67,6 +69,7 @@ def moda_chunk_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@knows_other_names
 def moda_chunk_attention(
     q: Tensor,
     k: Tensor,
@@ -105,10 +108,10 @@ def moda_chunk_attention(
         v_depth: depth values in the same form: slots (B, T, H, DV) or packed (B, T, L, H, DV).
         chunk_size: C >= 1, in tokens of q whatever S, G and the block sizes of kernels are; a C
             above T is one chunk.
-        scale: factor on every score; default 1 / sqrt(D).
+        scale: factor on every score, within -1e30..1e30; default 1 / sqrt(D).
         window: ``(left, right)`` or an int, as for ``moda_attention``: of the sequence, a query
             sees the keys from position - left on. Depth keys are seen whatever it says.
-        softcap: c > 0 replaces each score x, of both kinds, by c * tanh(x / c).
+        softcap: c within 1e-7..1e30 replaces each score x, of both kinds, by c * tanh(x / c).
         return_lse: also return ``lse``.
 
     Returns:
@@ -117,7 +120,8 @@ def moda_chunk_attention(
         logarithm.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, or an option outside its range.
 
     Example:
@@ -132,8 +136,7 @@ def moda_chunk_attention(
         True
     """
     check_tensors(q=q, k=k, v=v)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, torch.SymInt)):
-        raise TypeError(f"chunk_size must be an int, got {chunk_size!r}")
+    check_int("chunk_size", chunk_size, 1)
     check_option("scale", scale)
     check_option("softcap", softcap)
     check_bool("return_lse", return_lse)

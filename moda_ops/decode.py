@@ -20,9 +20,10 @@ from moda_ops.attention import (
 )
 from moda_ops.autograd import refuse_gradients
 from moda_ops.checks import DECODING, check_both, check_decode
+from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options, implementation, lse_dtype
 
-OPTIONS = "*, float? scale=None, SymInt? window_left=None, float? softcap=None"
+OPTIONS = "*, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
 LIBRARY.define(
     "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] k_depth, Tensor[] v_depth, "
     f"Tensor cache_seqlens, Tensor? block_table=None, {OPTIONS}) -> (Tensor out, Tensor lse)",
@@ -62,6 +63,8 @@ def _decode_append(
     block_table: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
+    if k_cache.numel() and k_cache.data_ptr() == v_cache.data_ptr():
+        raise ValueError("k_cache and v_cache are both written to and must not share memory")
     caches, depth = (k_cache, v_cache), (k_depth, v_depth)
     results = _run(q, caches, depth, cache_seqlens, block_table, (k_new, v_new), options)
     for cache in caches:
@@ -177,6 +180,7 @@ def moda_decode(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@knows_other_names
 def moda_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -223,16 +227,17 @@ def moda_decode(
             when the cache holds the new tokens already. Not changed by the call. Any length may be
             0; a token with pos < 0 sees no key of the cache.
         k_new: keys of the new tokens, (B, N, H, D), q's dtype. They are written **in place** to
-            positions cache_seqlens[b] .. cache_seqlens[b] + N - 1 before anything is read.
+            positions cache_seqlens[b] .. cache_seqlens[b] + N - 1 before anything is read. The two
+            caches may be views of one tensor but must not overlap.
         v_new: values likewise, (B, N, H, DV).
         block_table: (B, max_pages) int32: position n of sequence b lies in page
             block_table[b, n // page_size], at n % page_size. Any page_size >= 1; 16, 32 and
             multiples of 64 are fast. Entries of pages that no query sees, and no new token goes to,
             are not read.
-        scale: factor on every score; default 1 / sqrt(D).
+        scale: factor on every score, within -1e30..1e30; default 1 / sqrt(D).
         window: ``(left, right)`` or an int, as in ``moda_attention``: also hides n < pos - left.
             ``right`` hides nothing more.
-        softcap: c > 0 replaces each score x, of both kinds, by c * tanh(x / c).
+        softcap: c within 1e-7..1e30 replaces each score x, of both kinds, by c * tanh(x / c).
         return_lse: also return ``lse``.
 
     A sequence that is longer than its part of the cache, S_max or max_pages * page_size, cannot be
@@ -245,7 +250,8 @@ def moda_decode(
         logarithm. A row that sees nothing has out = 0 and lse = -inf.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, or an option outside its range.
         RuntimeError: an argument requires a gradient and gradients are on. Nothing is written when
             an error is raised.

@@ -17,16 +17,17 @@ from moda_ops.attention import (
     slot_lists,
 )
 from moda_ops.checks import check_backward, check_depth_attention, depth_heads
+from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options
 
 LIBRARY.define(
     "depth_attention(Tensor q, Tensor[] k_depth, Tensor[] v_depth, "
-    "*, float? scale=None, float? softcap=None) -> (Tensor out, Tensor lse)",
+    "*, Scalar? scale=None, Scalar? softcap=None) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
     "depth_attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor[] k_depth, "
-    "Tensor[] v_depth, Tensor out, Tensor lse, *, float? scale=None, float? softcap=None) "
+    "Tensor[] v_depth, Tensor out, Tensor lse, *, Scalar? scale=None, Scalar? softcap=None) "
     "-> (Tensor dq, Tensor[] dk_depth, Tensor[] dv_depth)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -56,6 +57,7 @@ def moda_depth_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@knows_other_names
 def moda_depth_attention(
     q: Tensor,
     k_depth: Depth | None,
@@ -84,8 +86,8 @@ def moda_depth_attention(
             (B, T, L, H, D). HQ = G * H for an integer G >= 1.
         v_depth: depth values in the same form: slots (B, T, H, DV) or packed (B, T, L, H, DV).
             1 <= D, DV <= 256. ``None`` and the empty list mean L = 0 and DV = D.
-        scale: factor on every score; default 1 / sqrt(D).
-        softcap: c > 0 replaces each score x by c * tanh(x / c).
+        scale: factor on every score, within -1e30..1e30; default 1 / sqrt(D).
+        softcap: c within 1e-7..1e30 replaces each score x by c * tanh(x / c).
         return_lse: also return ``lse``.
 
     Returns:
@@ -94,7 +96,8 @@ def moda_depth_attention(
         logarithm. Where L = 0, out = 0, lse = -inf and the gradient of q is zero.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, or an option outside its range.
 
     Example:

@@ -12,6 +12,7 @@ from moda_ops import ops
 from moda_ops.attention import (
     Depth,
     Window,
+    autocast_enabled,
     check_bool,
     check_int,
     check_option,
@@ -20,16 +21,18 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.autograd import without_gradient
-from moda_ops.checks import check_cu_seqlens, check_depth_mass, check_like
+from moda_ops.checks import check_cu_seqlens, check_depth_mass, check_like, is_packed
+from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options
 
 LIBRARY.define(
-    "depth_mass(Tensor q, Tensor[] k_depth, Tensor lse, *, float? scale=None, float? softcap=None)"
-    " -> Tensor mass",
+    "depth_mass(Tensor q, Tensor[] k_depth, Tensor lse, "
+    "*, Scalar? scale=None, Scalar? softcap=None) -> Tensor mass",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
+@knows_other_names
 def moda_depth_mass(
     q: Tensor,
     k_depth: Depth | None,
@@ -69,7 +72,8 @@ def moda_depth_mass(
         (``q[None]``, slots ``[None]``, ``lse[None]``), the mean over all tokens.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, or an option outside its range.
 
     Example:
@@ -91,6 +95,7 @@ def moda_depth_mass(
     return mass
 
 
+@knows_other_names
 def moda_sink_mass(
     q: Tensor,
     k: Tensor,
@@ -128,7 +133,8 @@ def moda_sink_mass(
         (B, HQ), a probability, lse's dtype.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, or an option outside its range.
 
     Example:
@@ -149,7 +155,8 @@ def moda_sink_mass(
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape {dims}, got {tuple(x.shape)}")
     (B, T, HQ, D), (_, S, H, _) = q.shape, k.shape
-    check_like("k", k, (B, S, H, D), "(B, S, H, D)", q.dtype, q.device)
+    dtype = k.dtype if k.dtype is not q.dtype and autocast_enabled(q.device) else q.dtype
+    check_like("k", k, (B, S, H, D), "(B, S, H, D)", dtype, q.device)  # autocast casts both
     check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", ops.lse_dtype(q), q.device)
     left = None if left is None else min(left, T + S)  # larger sides could wrap in 64 bits
     right = 0 if causal else None if right is None else min(right, T + S)
@@ -208,8 +215,7 @@ def _mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tens
 
 def _mass_fake(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tensor:
     check_depth_mass(q, k_depth, lse, ops.lse_dtype(q), Options(**options))
-    packed = len(k_depth) == 1 and k_depth[0].dim() == 5
-    slots = k_depth[0].shape[2] if packed else len(k_depth)
+    slots = k_depth[0].shape[2] if is_packed(k_depth) else len(k_depth)
     return q.new_empty(q.shape[0], q.shape[2], slots, dtype=ops.lse_dtype(q))
 
 

@@ -104,6 +104,8 @@ def from_authors(
                 f"{name} must have shape {dims} with B = {B}, T = {T}, D = {D} and the same L and "
                 f"H for both, got {tuple(cached.shape)}"
             )
+    if H == 0 or q.shape[2] % H:
+        raise ValueError(f"q must have a multiple of cached_k's H = {H} heads, got {q.shape[2]}")
     L = rows // T if T else 0
     return unfolded, cached_k.unflatten(1, (T, L)), cached_v.unflatten(1, (T, L))
 

@@ -17,8 +17,8 @@ from moda_ops.checks import check_attention, check_backward
 
 LIBRARY = torch.library.Library("moda", "DEF")  # the registrations live as long as this object
 OPTIONS = (
-    "*, bool causal=True, float? scale=None, SymInt? window_left=None, SymInt? window_right=None, "
-    "float? softcap=None, str plan='auto'"
+    "*, bool causal=True, Scalar? scale=None, SymInt? window_left=None, SymInt? window_right=None, "
+    "Scalar? softcap=None, str plan='auto'"
 )
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "
@@ -49,9 +49,10 @@ class Options(NamedTuple):
 
     def resolved(self, head_dim: int) -> tuple[float, int | None, int | None, float | None, str]:
         """(scale, left, right, softcap, plan) as implementations take them: causal is right = 0."""
-        scale = 1 / math.sqrt(head_dim) if self.scale is None else self.scale
+        scale = 1 / math.sqrt(head_dim) if self.scale is None else float(self.scale)
+        softcap = None if self.softcap is None else float(self.softcap)
         right = 0 if self.causal else self.window_right
-        return scale, self.window_left, right, self.softcap, self.plan
+        return scale, self.window_left, right, softcap, self.plan
 
 
 def implementation(q: Tensor) -> Any:

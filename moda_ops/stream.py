@@ -19,6 +19,7 @@ from moda_ops.attention import (
 )
 from moda_ops.checks import Plan, slots_left
 from moda_ops.depth_attention import moda_depth_attention
+from moda_ops.names import knows_other_names
 from moda_ops.varlen import moda_attention_varlen
 
 
@@ -214,6 +215,7 @@ class DepthStream(NamedTuple):
             raise ValueError("a stream that has dropped slots cannot be read as a whole")
         return torch.ops.moda.stream_read(self.buffer, self.token)
 
+    @knows_other_names
     def attend(
         self,
         q: Tensor,
@@ -250,6 +252,7 @@ class DepthStream(NamedTuple):
         out, _, stream = self.attend_with_lse(q, k, v, **options, cu_seqlens=cu_seqlens)
         return out, stream
 
+    @knows_other_names
     def attend_with_lse(
         self,
         q: Tensor,
@@ -319,6 +322,7 @@ class DepthStream(NamedTuple):
         """
         return moda_attention(q, k, v, [], [], **options), self
 
+    @knows_other_names
     def attend_depth(
         self, q: Tensor, *, scale: float | None = None, softcap: float | None = None
     ) -> "tuple[Tensor, DepthStream]":
@@ -391,6 +395,7 @@ class DepthSlots(NamedTuple):
         check_kept(slots, self.written)
         return DepthSlots(tuple(self.k[i] for i in slots), tuple(self.v[i] for i in slots))
 
+    @knows_other_names
     def attend(
         self,
         q: Tensor,
@@ -456,6 +461,7 @@ class DepthSlots(NamedTuple):
         """``out`` (B, T, HQ, DV) without depth; see :meth:`DepthStream.attend_sequence`."""
         return moda_attention(q, k, v, [], [], **options), self
 
+    @knows_other_names
     def attend_depth(
         self, q: Tensor, *, scale: float | None = None, softcap: float | None = None
     ) -> "tuple[Tensor, DepthSlots]":

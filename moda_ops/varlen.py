@@ -21,6 +21,7 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.checks import PACKED, Plan, check_attention, check_backward, check_cu_seqlens
+from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, OPTIONS, Options, empty_like, lse_dtype
 
 LIBRARY.define(
@@ -193,6 +194,7 @@ def moda_attention_varlen(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@knows_other_names
 def moda_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -240,7 +242,8 @@ def moda_attention_varlen(
         (HQ, total_q) in float32 (float64 for float64 inputs), natural logarithm.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype.
+        TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
+            or an argument has another library's name; the message says what it is called here.
         ValueError: shapes, devices or strides that do not fit, an option outside its range, or on
             a CPU borders of documents that fall or lie outside of the tokens.
 

@@ -6,8 +6,17 @@ from threading import Event, local
 import pytest
 import torch
 
-from moda_ops import DepthSlots, DepthStream, eager, moda_attention, moda_decode
-from moda_ops.autocast import MEMORY
+from helpers import make_inputs
+from moda_ops import (
+    DepthSlots,
+    DepthStream,
+    eager,
+    moda_attention,
+    moda_decode,
+    moda_depth_mass,
+    moda_sink_mass,
+)
+from moda_ops.autocast import RULES
 from operators import BACKWARD, DIFFERENTIABLE, make_call
 
 LOW = torch.bfloat16
@@ -25,8 +34,9 @@ def assert_equal(actual, expected):
 def test_every_operator_has_a_rule_or_none_on_purpose():
     registered = torch._C._dispatch_get_all_op_names()
     names = {op.removeprefix("moda::") for op in registered if op.startswith("moda::")}
-    on_purpose = {"stream_buffer", "stream_read", "stream_attention_backward", "depth_mass"}
-    assert names - set(MEMORY) == {*BACKWARD, *on_purpose}
+    no_input_to_cast = {"stream_buffer", "stream_read"}
+    as_saved = {*BACKWARD, "stream_attention_backward"}
+    assert names - set(RULES) == no_input_to_cast | as_saved
 
 
 @pytest.mark.parametrize("form", ["list", "packed"])
@@ -67,6 +77,19 @@ def test_backward_takes_what_forward_saved(name, device):
     with torch.autocast(device.type, LOW):
         results = call.run()
     assert_equal(results, call.run())
+
+
+def test_masses_take_what_attention_took(device):
+    """q in one dtype, keys in another, and lse, which is never cast."""
+    x = make_inputs(2, 5, 4, 2, 8, 3, S=7, device=device)
+    low = x.map(lambda tensor: tensor.to(LOW))
+    with torch.autocast(device.type, LOW):
+        _, lse = moda_attention(low.q, x.k, x.v, x.k_depth, low.v_depth, return_lse=True)
+        mixed = moda_depth_mass(low.q, x.k_depth, lse), moda_sink_mass(low.q, x.k, lse, keys=2)
+    exact = moda_depth_mass(low.q, low.k_depth, lse), moda_sink_mass(low.q, low.k, lse, keys=2)
+    assert_equal(mixed, exact)
+    with pytest.raises(TypeError, match=r"k must have dtype torch\.bfloat16 to fit q"):
+        moda_sink_mass(low.q, x.k, lse)
 
 
 @pytest.mark.parametrize("page_size", [None, 2])

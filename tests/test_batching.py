@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moda_ops import DepthSlots, DepthStream, moda_attention, moda_decode
-from operators import BACKWARD, DIFFERENTIABLE, make_call
+from operators import BACKWARD, DIFFERENTIABLE, Call, make_call
 
 SIZE = 3
 ALL = (*DIFFERENTIABLE, *BACKWARD, "decode")
@@ -59,6 +59,76 @@ def test_tokens_before_the_first_document_are_nobody_s(name):
             call.arguments[9:] = forward.run()
     dims, stacked = mapped_arguments(calls, (0,))
     assert_same(torch.vmap(calls[0].run, dims)(*stacked), loop(calls[0].run, dims, stacked))
+
+
+@pytest.mark.parametrize("form", ["list", "packed"])
+@pytest.mark.parametrize("name", [*ALL, "depth_mass"])
+def test_a_dimension_of_size_0(name, form):
+    """Empty results and gradients of the right shapes and dtypes."""
+    if name == "depth_mass":
+        one = make_call("depth_attention", form=form)
+        q, k_depth, _ = one.arguments
+        call = Call(name, [q, k_depth, one.run()[1]], {})
+    else:
+        call = make_call(name, form=form)
+    leaves = call.leaves()
+    dims = tuple((0, -1, None)[i % 3] for i in range(len(leaves)))
+    stacked = [
+        (x if d is None else torch.stack([x], d).narrow(d, 0, 0)).requires_grad_(
+            name in DIFFERENTIABLE and x.is_floating_point()
+        )
+        for x, d in zip(leaves, dims, strict=True)
+    ]
+    results, expected = torch.vmap(call.run, dims)(*stacked), call.run(*leaves)
+    for result, one in zip(results, expected, strict=True):
+        assert (result.shape, result.dtype) == ((0, *one.shape), one.dtype)
+    if name in DIFFERENTIABLE:
+        needed = [x for x in stacked if x.requires_grad]
+        grads = torch.autograd.grad([x.sum() for x in results], needed)
+        assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, needed, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("form", ["list", "packed"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_batched_gradients(name, form, size):
+    """is_grads_batched, of both results and of each alone, is a loop over the gradients."""
+    call = make_call(name, form=form, **FLOAT64)
+    leaves = [x.requires_grad_(x.is_floating_point()) for x in call.leaves()]
+    needed = [x for x in leaves if x.requires_grad]
+    results = call.run(*leaves)
+    grads = [torch.randn(size, *x.shape, **FLOAT64) for x in results]
+    for which in (slice(0, 2), slice(0, 1), slice(1, 2)):
+
+        def pull(rows, which=which, batched=False):
+            return torch.autograd.grad(
+                results[which],
+                needed,
+                rows,
+                is_grads_batched=batched,
+                retain_graph=True,
+                materialize_grads=True,
+            )
+
+        rows = [pull([g[i] for g in grads[which]]) for i in range(size)]
+        assert_same(pull(grads[which], batched=True), map(torch.stack, zip(*rows, strict=True)))
+
+
+def test_vectorized_jacobian():
+    def f(x):
+        return moda_attention(x, x, x, [x.sin()], [x])
+
+    x = torch.randn(1, 3, 1, 4, **FLOAT64)
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(f, x, vectorize=True), jacobian(f, x))
+
+
+def test_a_stream_refuses_batched_gradients():
+    x = torch.randn(1, 4, 2, 8, requires_grad=True)
+    out, _ = DepthStream.allocate(1, 1, 4, 2, 8).write(x, x).attend(x)
+    message = r"moda::stream_attention_backward cannot be mapped by is_grads_batched: .*DepthSlots"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.autograd.grad(out, x, torch.ones(3, *out.shape), is_grads_batched=True)
 
 
 @pytest.mark.parametrize("mapped", ["q", "q block_table", "k_cache", "q k_cache v_cache", "all"])

@@ -275,10 +275,11 @@ CASES = [
     (
         dict(k_depth=[torch.zeros(2, 5, 4, 16)]),
         ValueError,
-        "q's heads must be a positive multiple of k_depth's, got HQ = 6 and H = 4",
+        "q's heads must be a positive multiple of k_depth's, got HQ = 6 and H = 4; "
+        "heads are the second to last dimension",
     ),
     (dict(scale="1"), TypeError, "scale must be a number or None, got '1'"),
-    (dict(softcap=0.0), ValueError, "softcap must be a positive finite number, got 0.0"),
+    (dict(softcap=0.0), ValueError, "softcap must be within 1e-07..1e+30, got 0.0"),
 ]
 
 

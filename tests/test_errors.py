@@ -1,9 +1,16 @@
 """Every refusal names the argument, what was given and what is allowed."""
 
+import inspect
+
+import numpy as np
 import pytest
 import torch
 
-from moda_ops import moda_attention
+import moda_ops
+from helpers import make_inputs
+from moda_ops import DepthSlots, DepthStream, moda_attention, moda_decode
+from moda_ops.names import INSTEAD, OURS
+from operators import BACKWARD, DIFFERENTIABLE, make_call
 
 B, T, S, HQ, H, D, DV, L = 2, 5, 7, 6, 2, 16, 24, 3
 
@@ -31,7 +38,7 @@ CASES = [
     (dict(k=zeros(1, S, H, D)), ValueError, "k must have shape (B, S, H, D) = (2, 7, 2, 16), got (1, 7, 2, 16)"),
     (dict(k=zeros(B, S, H, 8)), ValueError, "k must have shape (B, S, H, D) = (2, 7, 2, 16), got (2, 7, 2, 8)"),
     (dict(v=zeros(B, 3, H, DV)), ValueError, "v must have shape (B, S, H, DV) = (2, 7, 2, 24), got (2, 3, 2, 24)"),
-    (dict(q=zeros(B, T, 5, D)), ValueError, "q's heads must be a positive multiple of k's, got HQ = 5 and H = 2"),
+    (dict(q=zeros(B, T, 5, D)), ValueError, "q's heads must be a positive multiple of k's, got HQ = 5 and H = 2; heads are the second to last dimension"),
     (dict(q=zeros(B, T, HQ, D, dtype=torch.int32)), TypeError, "q must have one of the dtypes float16, bfloat16, float32, float64 on cpu, got torch.int32"),
     (dict(k=zeros(B, S, H, D).half()), TypeError, "k must have dtype torch.float32 to fit q, got torch.float16"),
     (dict(v_depth=[V_SLOT, V_SLOT.bfloat16(), V_SLOT]), TypeError, "v_depth[1] must have dtype torch.float32 to fit q, got torch.bfloat16"),
@@ -48,16 +55,22 @@ CASES = [
     (dict(k_depth=[SLOT, None, SLOT]), TypeError, "k_depth[1] must be a torch.Tensor, got NoneType"),
     (dict(k_depth=[SLOT, SLOT, zeros(B, S, H, D)]), ValueError, "k_depth[2] must have shape (B, T, H, D) = (2, 5, 2, 16), got (2, 7, 2, 16)"),
     (dict(k_depth=zeros(B, T, 2, H, D), v_depth=zeros(B, T, L, H, DV)), ValueError, "v_depth must have shape (B, T, L, H, DV) = (2, 5, 2, 2, 24), got (2, 5, 3, 2, 24)"),
-    (dict(k_depth=zeros(B, T, 1, H, D), v_depth=[V_SLOT]), ValueError, "v_depth must have shape (B, T, L, H, DV) = (2, 5, 1, 2, 24), got (2, 5, 2, 24)"),
+    (dict(k_depth=zeros(B, T, 1, H, D), v_depth=[V_SLOT]), ValueError, "k_depth and v_depth must both be lists of slots or both packed tensors, got one packed tensor of shape (2, 5, 1, 2, 16) and a list of length 1"),
+    (dict(k_depth=[SLOT, SLOT], v_depth=zeros(B, T, 2, H, DV)), ValueError, "k_depth and v_depth must both be lists of slots or both packed tensors, got a list of length 2 and one packed tensor of shape (2, 5, 2, 2, 24)"),
+    (dict(scale=torch.tensor(0.5)), TypeError, "scale must be a number or None, got tensor(0.5000); call .item()"),
+    (dict(scale=1e39), ValueError, "scale must be within -1e+30..1e+30, got 1e+39"),
+    (dict(softcap=2.4e38), ValueError, "softcap must be within 1e-07..1e+30, got 2.4e+38"),
+    (dict(softcap=1e-8), ValueError, "softcap must be within 1e-07..1e+30, got 1e-08"),
+    (dict(window=np.int64(3)), TypeError, "window must be None, an int or a tuple (left, right), got np.int64(3); call .item()"),
     (dict(scale="1"), TypeError, "scale must be a number or None, got '1'"),
-    (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
-    (dict(softcap=0.0), ValueError, "softcap must be a positive finite number, got 0.0"),
+    (dict(scale=float("nan")), ValueError, "scale must be within -1e+30..1e+30, got nan"),
+    (dict(softcap=0.0), ValueError, "softcap must be within 1e-07..1e+30, got 0.0"),
     (dict(softcap=True), TypeError, "softcap must be a number or None, got True"),
     (dict(causal=1), TypeError, "causal must be a bool, got 1"),
     (dict(return_lse="yes"), TypeError, "return_lse must be a bool, got 'yes'"),
     (dict(window=-1), ValueError, "window sides must be >= 0 (None is unbounded), got -1"),
-    (dict(window=(1, 2, 3)), TypeError, "window must be None, an int or a pair (left, right), got (1, 2, 3)"),
-    (dict(window=(1.5, 0)), TypeError, "window sides must be ints or None, got (1.5, 0)"),
+    (dict(window=(1, 2, 3)), TypeError, "window must be None, an int or a tuple (left, right), got (1, 2, 3)"),
+    (dict(window=(1.5, 0)), TypeError, "window sides must be ints or None, got 1.5"),
     (dict(plan=3), TypeError, "plan must be a string, got 3"),
     (dict(plan="fast"), ValueError, "plan must be one of 'auto', 'fused', 'split', got 'fast'"),
 ]  # fmt: skip
@@ -72,6 +85,85 @@ def test_message(changes, error, message):
 
 def test_the_unchanged_call_is_accepted():
     assert call().shape == (B, T, HQ, DV)
+
+
+@pytest.mark.parametrize("L", [0, 1, 3])
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, *BACKWARD, "decode"])
+def test_depth_in_two_forms_is_refused(name, L):
+    """A slot in a list beside a packed tensor, or the other way round."""
+    lists, packed = (make_call(name, form=form, L=n) for form, n in (("list", 1), ("packed", L)))
+    places = [i for i, x in enumerate(lists.arguments) if isinstance(x, list)]
+    for place in places:
+        arguments = list(lists.arguments)
+        arguments[place] = packed.arguments[place]
+        with pytest.raises(ValueError, match="must both be lists of slots or both packed tensors"):
+            getattr(torch.ops.moda, name)(*arguments, **lists.options)
+
+
+@pytest.mark.parametrize("option", [dict(scale=1e30), dict(softcap=1e30), dict(softcap=1e-7)])
+def test_the_largest_options_compute(option):
+    inputs = make_inputs(1, 5, 2, 1, 16, 2)
+    inputs = inputs.map(lambda x: (x if "softcap" in option else x * 1e-30).requires_grad_())
+    out = moda_attention(*inputs, **option)
+    expected = moda_attention(*inputs.map(torch.Tensor.double), **option)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), inputs.leaves()))
+
+
+STREAM = DepthStream.allocate(1, B, T, HQ, D).write(*zeros(2, B, T, HQ, D))
+CALLERS = [
+    *(getattr(moda_ops, name) for name in moda_ops.__all__ if name.startswith("moda_")),
+    STREAM.attend,
+    STREAM.attend_with_lse,
+    STREAM.attend_depth,
+    DepthSlots().attend,
+    DepthSlots().attend_depth,
+]
+
+
+@pytest.mark.parametrize("function", CALLERS, ids=lambda f: f.__qualname__)
+def test_names_of_other_attention_functions(function):
+    """A name that a function knows is ours; of all others the message says what to do."""
+    known = inspect.signature(function).parameters
+    for name in {*OURS, *INSTEAD}.difference(known):
+        with pytest.raises(TypeError) as caught:
+            function(**{name: None})
+        message = str(caught.value)
+        begin = f"{function.__qualname__}() got an unexpected keyword argument {name!r}; "
+        assert message.startswith(begin)
+        advice = message.removeprefix(begin)
+        ours = [argument for argument in OURS.get(name, ()) if argument in known]
+        if ours:
+            assert advice == f"it is called {ours[0]} here"
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("is_causal", "it is called causal here"),
+        ("softmax_scale", "it is called scale here"),
+        ("window_size", "it is called window here"),
+        ("enable_gqa", "leave it out: heads are grouped by shape, HQ = G * H"),
+        ("dropout_p", "not supported: apply dropout to the result"),
+        ("mask", "the arguments are q, k, v, k_depth, v_depth, causal, scale, window, softcap, plan, return_lse"),
+    ],
+)  # fmt: skip
+def test_advice(name, advice):
+    expected = f"moda_attention() got an unexpected keyword argument {name!r}; {advice}"
+    with pytest.raises(TypeError) as caught:
+        call(**{name: None})
+    assert str(caught.value) == expected and caught.value.__cause__ is None
+    with pytest.raises(TypeError) as caught:
+        DepthSlots().attend_with_lse(SLOT, SLOT, SLOT, **{name: None})
+    assert str(caught.value) == expected
+
+
+def test_advice_for_a_function_that_does_not_have_it():
+    causal = r"leave it out: it is causal in the sequence, and depth is never masked"
+    with pytest.raises(TypeError, match=rf"moda_decode\(\) got .*'is_causal'; {causal}"):
+        moda_decode(is_causal=True)
+    with pytest.raises(TypeError, match="'k'; it is called k_new here"):
+        moda_decode(k=SLOT)
 
 
 def test_operator_checks_its_own_arguments():

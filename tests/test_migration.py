@@ -176,6 +176,16 @@ FROM = [
         f"cached_v must have shape (B, T * L, H, DV) {WITH}(20, 2, 8)",
     ),
     (
+        dict(q=Q[:, :, :1].expand(-1, -1, 3, -1)),
+        ValueError,
+        "q must have a multiple of cached_k's H = 2 heads, got 3",
+    ),
+    (
+        dict(cached_k=CACHED[:, :, :0], cached_v=CACHED[:, :, :0]),
+        ValueError,
+        "q must have a multiple of cached_k's H = 0 heads, got 2",
+    ),
+    (
         dict(cached_v=CACHED.sum()),
         ValueError,
         f"cached_v must have shape (B, T * L, H, DV) {WITH}()",

@@ -9,7 +9,18 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers import FORMS, Inputs, assert_matches_reference, make_inputs
-from moda_ops import moda_attention
+from moda_ops import (
+    DepthSlots,
+    DepthStream,
+    moda_attention,
+    moda_attention_varlen,
+    moda_chunk_attention,
+    moda_decode,
+    moda_depth_attention,
+    moda_depth_mass,
+    moda_sink_mass,
+)
+from operators import BACKWARD, DIFFERENTIABLE, make_call
 
 
 def as_arguments(inputs: Inputs):
@@ -186,6 +197,116 @@ def test_export_round_trip(tmp_path, device):
         inputs = make_inputs(2, t, 4, 2, 16, 3, device=device, seed=t)
         for a, b in zip(loaded(*inputs), Module()(*inputs), strict=True):
             assert torch.equal(a, b)
+
+
+class EveryOption(torch.nn.Module):
+    """Every public function, with every number that it takes computed from a length."""
+
+    def forward(self, q, k, v, k_slot, v_slot, cu_seqlens, lengths):
+        T = q.shape[1]
+        scores = dict(scale=T / 100, softcap=T / 3)
+        options: dict = dict(window=T // 2, **scores)
+        depth = [k_slot], [v_slot]
+        out, lse = moda_attention(q, k, v, *depth, causal=T > 1, **options, return_lse=True)
+        packed = [x[0] for x in (q, k, v)]
+        slots = [k_slot[0]], [v_slot[0]]
+        stream = DepthStream.allocate(1, *k.shape, dtype=q.dtype, device=q.device)
+        return (
+            out,
+            moda_attention(q, k, v, *depth, causal=False, window=(None, T // 3), scale=T),
+            moda_attention_varlen(
+                *packed, *slots, cu_seqlens, cu_seqlens, T, T, **options | {"causal": False}
+            ),
+            moda_chunk_attention(q, k, v, *depth, T // 2, **options),
+            moda_depth_attention(q, *depth, **scores),
+            moda_decode(q, k, v, *depth, lengths, **options),
+            moda_depth_mass(q, depth[0], lse, **scores),
+            moda_sink_mass(q, k, lse, causal=False, **options),
+            stream.write(k_slot, v_slot).attend(q, k, v, **options)[0],
+            DepthSlots().write(k_slot, v_slot).attend(q, k, v, **options)[0],
+        )
+
+
+def every_option_inputs(T, device):
+    q, k, v, k_depth, v_depth = make_inputs(1, T, 4, 2, 8, 1, device=device, seed=T)
+    lengths = torch.tensor([0, T // 2, T], dtype=torch.int32, device=device)
+    return q, k, v, *k_depth, *v_depth, lengths, lengths[-1:]
+
+
+@pytest.mark.parametrize("how", ["export", "strict export", "compile"])
+def test_options_may_be_symbols(how, device):
+    """One graph for all lengths; an option that became a constant would show, or recompile."""
+    module, example = EveryOption(), every_option_inputs(9, device)
+    counter = CompileCounterWithBackend("aot_eager")
+    if how == "compile":
+        torch._dynamo.reset()
+        run = torch.compile(module, dynamic=True, fullgraph=True, backend=counter)
+    else:
+        shapes = ({1: torch.export.Dim.DYNAMIC},) * 5 + ({}, {})
+        strict = how == "strict export"
+        with torch.no_grad():
+            run = torch.export.export(
+                module, example, dynamic_shapes=shapes, strict=strict
+            ).module()
+    with torch.no_grad():
+        for T in (9, 6, 13):
+            inputs = every_option_inputs(T, device)
+            for a, b in zip(run(*inputs), module(*inputs), strict=True):
+                torch.testing.assert_close(a, b)
+    assert how != "compile" or counter.frame_count == 1
+
+
+def test_gradients_of_symbolic_options(device):
+    def f(q, k, v, k_slot, v_slot):
+        options = dict(scale=q.shape[1] / 100, softcap=q.shape[1] / 3)
+        return moda_attention(q, k, v, [k_slot], [v_slot], window=q.shape[1] // 2, **options)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(f, dynamic=True, fullgraph=True, backend=counter)
+    for T in (9, 6, 13):
+        leaves = [x.requires_grad_() for x in every_option_inputs(T, device)[:5]]
+        actual, expected = (torch.autograd.grad(g(*leaves).sum(), leaves) for g in (compiled, f))
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("form", ["list", "packed"])
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, *BACKWARD, "decode"])
+def test_meta_tensors(name, form):
+    """What the operator returns, on meta: nothing computed, all checks made."""
+    call = make_call(name, form=form)
+    leaves = [x.to("meta") for x in call.leaves()]
+    for x in leaves:
+        x.requires_grad_(name in DIFFERENTIABLE and x.is_floating_point())
+    results = call.run(*leaves)
+    for x, y in zip(results, call.run(), strict=True):
+        assert x.is_meta
+        assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+    needed = [x for x in leaves if x.requires_grad]
+    if needed:
+        grads = torch.autograd.grad([x.sum() for x in results], needed)
+        assert all(g.is_meta and g.shape == x.shape for g, x in zip(grads, needed, strict=True))
+    with pytest.raises(ValueError, match="must be on q's device"):
+        call.run(*leaves[:-1], call.leaves()[-1])
+
+
+def test_public_functions_of_meta_tensors():
+    q, k, v, k_depth, v_depth = make_inputs(1, 5, 4, 2, 8, 2, device="meta")
+    cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
+    q.requires_grad_()
+    stream = DepthStream.allocate(2, *k.shape, dtype=q.dtype, device="meta")
+    for slots in (stream, DepthSlots()):
+        out, _ = slots.write(*k_depth).write(k, v).attend(q)
+        assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+    q = q.detach()
+    out, lse = moda_attention(q, k, v, k_depth, v_depth, return_lse=True)
+    assert moda_depth_mass(q, k_depth, lse).shape == (1, 4, 2)
+    assert moda_sink_mass(q, k, lse, cu_seqlens=(cu_seqlens, cu_seqlens)).shape == (1, 4)
+    cache, lengths = torch.empty(2, 1, 9, 2, 8, device="meta"), cu_seqlens[:1]
+    out = moda_decode(q, *cache, k_depth, v_depth, lengths, k_new=k, v_new=v)
+    assert out.is_meta and out.shape == q.shape
 
 
 def test_inputs_survive_an_error(device):

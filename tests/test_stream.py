@@ -501,12 +501,13 @@ MISUSES = [
     (
         lambda: allocate(1).write(K, V).attend(Q[:, :, :3]),
         ValueError,
-        "q's heads must be a positive multiple of k's, got HQ = 3 and H = 2",
+        "q's heads must be a positive multiple of k's, got HQ = 3 and H = 2; "
+        "heads are the second to last dimension",
     ),
     (
         lambda: allocate(1).write(K, V).attend(Q, softcap=-1.0),
         ValueError,
-        "softcap must be a positive finite number, got -1.0",
+        "softcap must be within 1e-07..1e+30, got -1.0",
     ),
     (
         lambda: allocate(1).write(K, V).attend(Q, causal=None),
