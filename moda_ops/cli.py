@@ -16,6 +16,9 @@ def _device(context: click.Context, option: click.Parameter, name: str) -> torch
         raise click.BadParameter("no CUDA device is available", context, option)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and find_spec("triton") is None:
+        message = "a CUDA device needs Triton, which is not installed; --device cpu does not"
+        raise click.BadParameter(message, context, option)
     return torch.device(name)
 
 
@@ -187,7 +190,7 @@ def require(extra: str, *modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise click.ClickException(
-            f"the {extra} needs {' and '.join(missing)}: pip install 'moda-ops[{extra}]'"
+            f"moda-ops {extra} needs {' and '.join(missing)}: pip install 'moda-ops[{extra}]'"
         )
 
 

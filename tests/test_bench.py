@@ -65,6 +65,7 @@ def test_a_run_writes_figures_and_plots(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "new" / "bench" / "bench.json").read_text())
     assert record["device"] == "cpu" and record["dtype"] == "float32" and record["revision"]
+    assert "plain PyTorch" in result.output and "limit" not in result.output
     assert [Case(**{n: case[n] for n in Case._fields}) for case in record["cases"]] == SWEEPS[
         "tiny"
     ]
@@ -73,8 +74,37 @@ def test_a_run_writes_figures_and_plots(tmp_path: Path) -> None:
         for row in case["rows"]:
             assert row["forward_ms"] > 0 and row["backward_ms"] > 0 and 0 < row["share"] <= 1
             assert f"{row['forward_ms']:.3f}" in result.output
-    for name in ("tiny.png", "limit.png"):
-        assert (tmp_path / "new" / "bench" / name).read_bytes().startswith(b"\x89PNG")
+    assert "M" not in record["cases"][0] and not (tmp_path / "new" / "bench" / "limit.png").exists()
+    for case in record["cases"]:  # as on a GPU
+        case |= dict(C=0.2, Cb=0.4, M=0.1)
+    for path in report.plot(record, ["tiny"], tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "tiny.png", "limit.png"}
+
+
+def test_a_row_as_it_is_printed() -> None:
+    row: Any = dict(contender="moda", sequence=1, depth=1, forward_ms=3.0, error=1e-3)
+    cells = report._cells(row | dict(backward_ms=12.0), Limits(C=1.5, Cb=1.0, M=2.0))
+    assert list(cells.values()) == ["moda", "3.000", "1.50", "12.000", "3.00", "1.0e-03", ""]
+    cells = report._cells(row | dict(status="out of memory"), None)
+    assert list(cells.values()) == ["moda", "3.000", "", "1.0e-03", "out of memory"]
+
+
+def test_the_revision_is_the_checkouts_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not that of a repository in which the package is merely installed, and no "None"."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path)]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    installed = tmp_path / "report.py"
+    installed.touch()
+    monkeypatch.setattr(report, "__file__", str(installed))
+    assert "revision" not in report.machine(CPU)
+    subprocess.run([*git, "add", "report.py"], check=True)
+    assert report.machine(CPU)["revision"]
+    monkeypatch.setattr(report.subprocess, "run", lambda *a, **options: open("no such program"))
+    assert "revision" not in report.machine(CPU)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -235,7 +265,7 @@ def test_missing_extras_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "tabulate" else object())
     result = bench()
     assert result.exit_code == 1
-    assert result.stderr == "Error: the bench needs tabulate: pip install 'moda-ops[bench]'\n"
+    assert result.stderr == "Error: moda-ops bench needs tabulate: pip install 'moda-ops[bench]'\n"
 
 
 def test_output_that_is_a_file(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_missing_extras_name_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     result = moda_ops("demo", "--output", str(tmp_path))
     assert result.exit_code == 1
-    assert "the demo needs matplotlib and tqdm: pip install 'moda-ops[demo]'" in result.stderr
+    assert "moda-ops demo needs matplotlib and tqdm: pip install 'moda-ops[demo]'" in result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +201,53 @@ def test_doctor_passes_and_names_everything() -> None:
         assert word in result.stdout
     assert f"torch             {torch.__version__}" in result.stdout
     assert "cpu float32       ok" in result.stdout
+
+
+WITHOUT_TRITON = """
+import sys
+
+sys.modules["triton"] = None  # so that importing it raises ModuleNotFoundError
+from click.testing import CliRunner
+from moda_ops import cli
+
+for arguments in (
+    ["bench", "--seconds", "0.001", "--output", "bench"],
+    ["doctor"],
+    ["demo", "--steps", "1", "--output", "demo"],
+):
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 0, (arguments, result.output)
+    assert "failed" not in result.output.lower(), result.output
+assert "moda_kernels" not in sys.modules
+"""
+
+
+def test_every_command_runs_without_triton(tmp_path: Path) -> None:
+    paths = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON],
+        env=environment() | {"PYTHONPATH": paths},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for module in (cli, doctor):
+        monkeypatch.setattr(module, "find_spec", lambda name: None if name == "triton" else name)
+    for command in ("demo", "digits", "bench"):
+        for arguments in ([], ["--device", "cuda"]):
+            result = moda_ops(command, *arguments)
+            assert result.exit_code == 2
+            assert "a CUDA device needs Triton, which is not installed" in result.stderr
+    result = moda_ops("doctor")
+    expected = "none on NVIDIA X1: the kernels need Triton, which is not installed"
+    assert f"cuda tensors      {expected}\n" in result.stdout
 
 
 def test_doctor_says_why_a_shape_gets_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
