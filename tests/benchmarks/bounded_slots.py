@@ -9,6 +9,8 @@ loss     bits per byte on held-out text after a short training run, the same byt
 memory   of models of several depths: saved for backward (the distinct storages that autograd holds
          after forward, parameters left out), the largest gradient of depth slots in backward, and
          in inference the most depth slots that are alive at a time.
+
+A loss that is not finite, or more slots than a bound allows, makes the exit code 1.
 """
 
 import argparse
@@ -42,7 +44,7 @@ Row = dict[str, Any]
 
 
 def newest_of_attention(layer: int, slots: tuple[int, ...], budget: int) -> tuple[int, ...]:
-    """A function of one's own: no slots of feed-forward layers."""
+    """A user's own policy: no slots of feed-forward layers."""
     return tuple(slot for slot in slots if slot % 2 == 0)[-budget:]
 
 
@@ -105,6 +107,8 @@ def loss(arguments: argparse.Namespace) -> list[Row]:
                 )
             )  # fmt: skip
             print(" ", rows[-1], flush=True)
+            if not math.isfinite(bits):
+                sys.exit("failed: the loss is not finite")
     return rows
 
 
@@ -137,7 +141,7 @@ class Alive(DepthSlots):
 
 def memory(arguments: argparse.Namespace) -> list[Row]:
     rows = []
-    for layers in (8, 16, 32, 48):
+    for layers in arguments.depths:
         config = MoDAConfig(
             vocab_size=256, layers=layers, width=256, heads=4, kv_heads=4, head_dim=64, hidden=1024
         )
@@ -168,6 +172,10 @@ def memory(arguments: argparse.Namespace) -> list[Row]:
                 )
             )  # fmt: skip
             print(" ", rows[-1], flush=True)
+            # Backward: what is kept, the two slots that this reader drops, its own keys.
+            n = arguments.budget if model_config.depth_keep else 2 * layers
+            if gradients.most > n + 3 or Alive.most > n + 2:
+                sys.exit(f"wrong: more than {n} + 3 slots in a gradient, or {n} + 2 alive")
     return rows
 
 
@@ -179,6 +187,9 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--only", nargs="+", choices=list(sections), default=list(sections))
     parser.add_argument("--layers", type=int, default=12, help="of the models that are trained")
+    parser.add_argument(
+        "--depths", nargs="+", type=int, default=[8, 16, 32, 48], help="layers for memory"
+    )
     parser.add_argument("--budget", type=int, default=4)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, default=2)
