@@ -130,7 +130,11 @@ def digits(output: Path, steps: int, seeds: int, device: torch.device) -> None:
     "[default: main; on a CPU tiny]",
 )
 @click.option(
-    "--only", "names", multiple=True, metavar="NAME", help="This contender alone, may be repeated."
+    "--only",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Time this row alone, as moda or cuDNN; may be repeated. A wrong NAME lists them all.",
 )
 @click.option(
     "--dtype",
@@ -153,7 +157,11 @@ def bench(
     device: torch.device,
     seconds: float,
 ) -> None:
-    """Time the operator, its parts and its peers side by side; write JSON and plots."""
+    """Time the operator, its parts and its peers side by side; write JSON and plots.
+
+    Each row is compared with float64 before it is timed. The exit code is 1 if a row is wrong, or
+    if one of the operator fails; a peer may fail, and any row may need more memory than there is.
+    """
     require("bench", "matplotlib", "tabulate", "tqdm")
     from moda_ops.bench.contenders import contenders
     from moda_ops.bench.report import run

@@ -73,12 +73,10 @@ def test_a_run_writes_figures_and_plots(tmp_path: Path) -> None:
         for row in case["rows"]:
             assert row["forward_ms"] > 0 and row["backward_ms"] > 0 and 0 < row["share"] <= 1
             assert f"{row['forward_ms']:.3f}" in result.output
-    assert "M" not in record["cases"][0] and not (tmp_path / "new" / "bench" / "limit.png").exists()
-    for case in record["cases"]:  # as on a GPU
-        case |= dict(C=0.2, Cb=0.4, M=0.1)
-    for path in report.plot(record, ["tiny"], tmp_path):
-        assert path.read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} == {"new", "tiny.png", "limit.png"}
+    assert "M" not in record["cases"][0]
+    written = {path.name: path.read_bytes() for path in (tmp_path / "new" / "bench").iterdir()}
+    assert written.keys() == {"bench.json", "tiny.png"}
+    assert written["tiny.png"].startswith(b"\x89PNG")
 
 
 def test_a_row_as_it_is_printed() -> None:
@@ -87,6 +85,32 @@ def test_a_row_as_it_is_printed() -> None:
     assert list(cells.values()) == ["moda", "3.000", "1.50", "12.000", "3.00", "1.0e-03", ""]
     cells = report._cells(row | dict(status="out of memory"), None)
     assert list(cells.values()) == ["moda", "3.000", "", "1.0e-03", "out of memory"]
+
+
+def test_a_run_on_a_gpu_prints_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With rows that a CPU measures."""
+    measured = report.measure
+    monkeypatch.setattr(report, "machine", lambda device: dict(device="X1", torch="9"))
+    monkeypatch.setattr(report, "contenders", lambda device: contenders(CPU))
+    monkeypatch.setattr(report, "copy_rate", lambda device, seconds: 1e9)
+    monkeypatch.setattr(report, "release", lambda device: None)
+    monkeypatch.setattr(
+        report, "measure", lambda c, case, dtype, _, s: measured(c, case, dtype, CPU, s)
+    )
+    lines: list[str] = []
+    settings: Any = dict(dtype=torch.float32, device=torch.device("cuda"), seconds=0.001)
+    names = [c.name for c in contenders(CPU)]
+    assert report.run(tmp_path, sweeps=["tiny"], names=names, echo=lines.append, **settings)
+    printed = "\n".join(lines)
+    assert "copy_tb_per_s 1.0" in printed and "x limit: time /" in printed and "M = " in printed
+    assert "hustvl/MoDA) is not installed" in printed and "plain PyTorch" not in printed
+    for case in json.loads((tmp_path / "bench.json").read_text())["cases"]:
+        (library,) = (row for row in case["rows"] if row["contender"] == "SDPA")
+        assert case["C"] == library["forward_ms"] and case["Cb"] == library["backward_ms"]
+        assert (
+            case["M"] == Case(**{n: case[n] for n in Case._fields}).depth_bytes(torch.float32) / 1e9
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "tiny.png", "limit.png"}
 
 
 def test_the_revision_is_the_checkouts_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from moda_ops import cli
 ROOT = Path(__file__).parents[1]
 RUNS = {  # script: arguments of a tiny run; several scripts have tiny sizes of their own on a CPU
     "docs/measurements/plot_operator.py": "--output {folder}/h100_operator.svg",
-    "tests/benchmarks/bounded_slots.py": "--layers 3 --depths 4 --steps 1 --seeds 1 --budget 2",
+    "tests/benchmarks/bounded_slots.py": "--layers 3 --steps 1 --seeds 1 --held-out 1 --budget 2 "
+    "--depths 4",
     "tests/benchmarks/depth_mass.py": "",
     "tests/benchmarks/family.py": "",
     "tests/benchmarks/generate.py": "--batches 3 --modes eager --layers 1 --jobs 4",
@@ -32,7 +33,7 @@ RUNS = {  # script: arguments of a tiny run; several scripts have tiny sizes of 
     "tests/benchmarks/stream_memory.py": "--layers 2 --modes block --backend aot_eager "
     "--streams StackedSlots DepthStream",
     "tests/benchmarks/train_step.py": "--groups 2 --batches 1 fit --compile none --layers 2 "
-    "--profile {folder}/profile.txt",
+    "--steps 2 --profile {folder}/profile.txt",
 }
 ELSEWHERE = {  # script: the test that runs it
     "docs/examples/train_parallel.py": "tests/test_distributed.py",

@@ -49,13 +49,18 @@ def newest_of_attention(layer: int, slots: tuple[int, ...], budget: int) -> tupl
 
 
 def trained(
-    config: MoDAConfig, recipe: demo.Recipe, texts: tuple[Tensor, Tensor], steps: int, seed: int
+    config: MoDAConfig,
+    recipe: demo.Recipe,
+    texts: tuple[Tensor, Tensor],
+    arguments: argparse.Namespace,
+    seed: int,
 ) -> tuple[MoDALanguageModel, float]:
-    """The model after so many steps, and its bits per byte on held-out text."""
+    """The model after training, and its bits per byte on held-out text."""
+    steps = arguments.steps
     torch.manual_seed(seed)
     model = MoDALanguageModel(config).to(DEVICE)
     generator, fixed = (torch.Generator().manual_seed(n) for n in (seed, 0))
-    held_out = [demo.draw(texts[1], recipe, fixed) for _ in range(16)]
+    held_out = [demo.draw(texts[1], recipe, fixed) for _ in range(arguments.held_out)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1)
 
     def loss_on(batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -94,7 +99,7 @@ def loss(arguments: argparse.Namespace) -> list[Row]:
                 assert mass is not None
                 model_config = config.bounded(budget, most_mass(mass))
             start = time.perf_counter()
-            model, bits = trained(model_config, recipe, texts, arguments.steps, seed)
+            model, bits = trained(model_config, recipe, texts, arguments, seed)
             if mass is None:
                 generator = torch.Generator().manual_seed(1)
                 batches = [demo.draw(texts[0], recipe, generator)[0] for _ in range(4)]
@@ -192,9 +197,10 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=int, default=4)
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--held-out", type=int, default=16, help="batches of held-out text")
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
-    names = "layers", "budget", "steps", "seeds"
+    names = "layers", "budget", "steps", "held_out", "seeds"
     record: Row = machine(DEVICE) | {name: getattr(arguments, name) for name in names}
     print(", ".join(f"{name} {value}" for name, value in record.items()))
     for name in arguments.only:
