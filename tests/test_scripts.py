@@ -154,7 +154,7 @@ def test_quoted_commands_have_their_options(process: Any) -> None:
     for name in quoted.keys() & scripts.keys():
         code, printed = process(scripts[name], "--help") if quoted[name] else (0, "")
         assert code == 0, printed
-        known[name] = set(re.findall(r"--[\w-]+", printed))
+        known[name] = set(re.findall(r"^ +(?:-h, )?(--[\w-]+)", printed, re.M))
     assert len(quoted.keys() & scripts.keys()) > 8
     for name in quoted.keys() & known.keys():
         assert quoted[name] <= known[name], (name, quoted[name] - known[name])

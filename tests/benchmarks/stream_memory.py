@@ -7,8 +7,8 @@ the most memory of forward and backward above what was allocated before, gradien
 left out; "stream" is the keys and values of all slots, once. The model is MoDA with depth "kv+ffn"
 in bfloat16: eager, with each block compiled, or compiled whole, which takes minutes from 32 layers.
 Every row is compiled anew; the recompile limit is raised, for a list of slots is another graph at
-every length. Forms of a stream must agree on the loss, to a rounding of bfloat16; a row that does
-not, or fails for another reason than memory, makes the exit code 1.
+every length. Forms of a stream must agree on the logits, to one rounding of bfloat16 per layer; a
+row that does not, or fails for another reason than memory, makes the exit code 1.
 """
 
 import argparse
@@ -74,7 +74,10 @@ def peak_bytes(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(stream: str, mode: str, layers: int, arguments: argparse.Namespace) -> Row:
+def measure(
+    stream: str, mode: str, layers: int, arguments: argparse.Namespace, logits: dict[int, Tensor]
+) -> Row:
+    """A row; ``logits`` are those of the first one of so many layers."""
     batch, tokens, device = arguments.batch, arguments.tokens, torch.device(arguments.device)
     config = MoDAConfig(
         vocab_size=256,
@@ -95,12 +98,13 @@ def measure(stream: str, mode: str, layers: int, arguments: argparse.Namespace) 
         part.compile(fullgraph=True, backend=arguments.backend)
 
     def forward() -> Tensor:
-        logits: Tensor = model(ids, STREAMS[stream]())
-        return logits.float().square().mean()
+        out: Tensor = model(ids, STREAMS[stream]())
+        return out.float().square().mean()
 
+    with torch.no_grad():
+        out = model(ids, DepthSlots() if stream == "DepthStream" else STREAMS[stream]())
     start = time.perf_counter()
-    loss = forward()
-    loss.backward()
+    forward().backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
     row: Row = dict(
