@@ -135,10 +135,10 @@ def moda(plan: Plan = "auto", *, as_list: bool = False, sequence: bool = True) -
 def sdpa(x: Inputs, case: Case) -> Passes:
     """The sequence alone by ``scaled_dot_product_attention``."""
     leaves = [y.detach().requires_grad_() for y in x[:3]]
-    options = dict(is_causal=case.causal, enable_gqa=case.G > 1)
 
     def forward() -> Tensor:
-        out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in leaves), **options)
+        q, k, v = (y.transpose(1, 2) for y in leaves)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.G > 1)
         return out.transpose(1, 2)
 
     out = forward()
