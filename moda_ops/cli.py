@@ -16,6 +16,9 @@ def _device(context: click.Context, option: click.Parameter, name: str) -> torch
         raise click.BadParameter("no CUDA device is available", context, option)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and find_spec("triton") is None:
+        message = "a CUDA device needs Triton, which is not installed; --device cpu does not"
+        raise click.BadParameter(message, context, option)
     return torch.device(name)
 
 
@@ -127,7 +130,11 @@ def digits(output: Path, steps: int, seeds: int, device: torch.device) -> None:
     "[default: main; on a CPU tiny]",
 )
 @click.option(
-    "--only", "names", multiple=True, metavar="NAME", help="This contender alone, may be repeated."
+    "--only",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Time this row alone, as moda or cuDNN; may be repeated. A wrong NAME lists them all.",
 )
 @click.option(
     "--dtype",
@@ -150,7 +157,11 @@ def bench(
     device: torch.device,
     seconds: float,
 ) -> None:
-    """Time the operator, its parts and its peers side by side; write JSON and plots."""
+    """Time the operator, its parts and its peers side by side; write JSON and plots.
+
+    Each row is compared with float64 before it is timed. The exit code is 1 if a row is wrong, or
+    if one of the operator fails; a peer may fail, and any row may need more memory than there is.
+    """
     require("bench", "matplotlib", "tabulate", "tqdm")
     from moda_ops.bench.contenders import contenders
     from moda_ops.bench.report import run
@@ -187,7 +198,7 @@ def require(extra: str, *modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise click.ClickException(
-            f"the {extra} needs {' and '.join(missing)}: pip install 'moda-ops[{extra}]'"
+            f"moda-ops {extra} needs {' and '.join(missing)}: pip install 'moda-ops[{extra}]'"
         )
 
 

@@ -2,6 +2,7 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import click
 import torch
@@ -24,7 +25,7 @@ def report() -> bool:
     click.echo()
     _row("cpu tensors", "plain PyTorch (moda_ops.eager): the only implementation for a CPU")
     _row("cuda tensors", _cuda())
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and find_spec("triton"):
         for label, value in plans(torch.device("cuda"), torch.bfloat16):
             _row(label, value)
     click.echo()
@@ -49,6 +50,8 @@ def _cuda() -> str:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         name = torch.cuda.get_device_name()
+        if not find_spec("triton"):
+            return f"none on {name}: the kernels need Triton, which is not installed"
         return f"Triton kernels (moda_kernels) on {name}, capability {major}.{minor}"
     if torch.version.cuda is None:
         return "none: this PyTorch is built without CUDA"

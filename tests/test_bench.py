@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import runpy
 import subprocess
 import sys
@@ -65,6 +64,7 @@ def test_a_run_writes_figures_and_plots(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "new" / "bench" / "bench.json").read_text())
     assert record["device"] == "cpu" and record["dtype"] == "float32" and record["revision"]
+    assert "plain PyTorch" in result.output and "limit" not in result.output
     assert [Case(**{n: case[n] for n in Case._fields}) for case in record["cases"]] == SWEEPS[
         "tiny"
     ]
@@ -73,8 +73,59 @@ def test_a_run_writes_figures_and_plots(tmp_path: Path) -> None:
         for row in case["rows"]:
             assert row["forward_ms"] > 0 and row["backward_ms"] > 0 and 0 < row["share"] <= 1
             assert f"{row['forward_ms']:.3f}" in result.output
-    for name in ("tiny.png", "limit.png"):
-        assert (tmp_path / "new" / "bench" / name).read_bytes().startswith(b"\x89PNG")
+    assert "M" not in record["cases"][0]
+    written = {path.name: path.read_bytes() for path in (tmp_path / "new" / "bench").iterdir()}
+    assert written.keys() == {"bench.json", "tiny.png"}
+    assert written["tiny.png"].startswith(b"\x89PNG")
+
+
+def test_a_row_as_it_is_printed() -> None:
+    row: Any = dict(contender="moda", sequence=1, depth=1, forward_ms=3.0, error=1e-3)
+    cells = report._cells(row | dict(backward_ms=12.0), Limits(C=1.5, Cb=1.0, M=2.0))
+    assert list(cells.values()) == ["moda", "3.000", "1.50", "12.000", "3.00", "1.0e-03", ""]
+    cells = report._cells(row | dict(status="out of memory"), None)
+    assert list(cells.values()) == ["moda", "3.000", "", "1.0e-03", "out of memory"]
+
+
+def test_a_run_on_a_gpu_prints_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With rows that a CPU measures."""
+    measured = report.measure
+    monkeypatch.setattr(report, "machine", lambda device: dict(device="X1", torch="9"))
+    monkeypatch.setattr(report, "contenders", lambda device: contenders(CPU))
+    monkeypatch.setattr(report, "copy_rate", lambda device, seconds: 1e9)
+    monkeypatch.setattr(report, "release", lambda device: None)
+    monkeypatch.setattr(
+        report, "measure", lambda c, case, dtype, _, s: measured(c, case, dtype, CPU, s)
+    )
+    lines: list[str] = []
+    settings: Any = dict(dtype=torch.float32, device=torch.device("cuda"), seconds=0.001)
+    names = [c.name for c in contenders(CPU)]
+    assert report.run(tmp_path, sweeps=["tiny"], names=names, echo=lines.append, **settings)
+    printed = "\n".join(lines)
+    assert "copy_tb_per_s 1.0" in printed and "x limit: time /" in printed and "M = " in printed
+    assert "hustvl/MoDA) is not installed" in printed and "plain PyTorch" not in printed
+    for case in json.loads((tmp_path / "bench.json").read_text())["cases"]:
+        (library,) = (row for row in case["rows"] if row["contender"] == "SDPA")
+        assert case["C"] == library["forward_ms"] and case["Cb"] == library["backward_ms"]
+        assert (
+            case["M"] == Case(**{n: case[n] for n in Case._fields}).depth_bytes(torch.float32) / 1e9
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "tiny.png", "limit.png"}
+
+
+def test_the_revision_is_the_checkouts_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not that of a repository in which the package is merely installed, and no "None"."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path)]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    installed = tmp_path / "report.py"
+    installed.touch()
+    monkeypatch.setattr(report, "__file__", str(installed))
+    assert "revision" not in report.machine(CPU)
+    subprocess.run([*git, "add", "report.py"], check=True)
+    assert report.machine(CPU)["revision"]
+    monkeypatch.setenv("PATH", "")  # no Git
+    assert "revision" not in report.machine(CPU)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -116,7 +167,8 @@ def test_a_wrong_row_fails_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     peer = failing._replace(peer=True)
     settings = dict(dtype=torch.float32, device=CPU, seconds=0.001, sweeps=["tiny"])
     for entrants, right in (([peer], True), ([failing], False), ([peer, wrong], False)):
-        monkeypatch.setattr(report, "contenders", lambda device, e=entrants: [*e, *contenders(CPU)])
+        entrants = [*entrants, Contender("moda", True, True, moda())]
+        monkeypatch.setattr(report, "contenders", lambda device, e=entrants: e)
         lines: list[str] = []
         names = [c.name for c in report.contenders(CPU)]
         assert report.run(tmp_path, names=names, echo=lines.append, **settings) == right
@@ -125,41 +177,7 @@ def test_a_wrong_row_fails_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert ("wrong: error 1.0e-03" in "\n".join(lines)) == (wrong in entrants)
 
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
-FAMILY = BENCHMARKS / "family.py"
-
-
-def run_script(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_the_family_runs(tmp_path: Path) -> None:
-    written = tmp_path / "family.json"
-    result = run_script(FAMILY, "--json", str(written))
-    assert result.returncode == 0, result.stderr
-    record = json.loads(written.read_text())
-    for section in ("varlen", "window", "decode", "chunk"):
-        assert f"\n{section}\n" in result.stdout
-        assert all(0 < row["error"] < 0.02 for row in record[section])
-    assert [row["chunk_size"] for row in record["chunk"]] == [1, 4, 16, 64]
-
-
-def test_generation_is_timed(tmp_path: Path) -> None:
-    script, written = BENCHMARKS / "generate.py", tmp_path / "generate.json"
-    options = "--batches", "3", "--modes", "eager", "--layers", "1"
-    result = run_script(script, *options, "--jobs", "4", "--json", str(written))
-    assert result.returncode == 0, result.stderr
-    rows = json.loads(written.read_text())["rows"]
-    assert [row["depth"] for row in rows] == ["residual", "kv+ffn"]
-    assert [row["batch"] for row in rows] == [3, 3] and rows[0]["step_ratio"] == 1
-    assert all(f"{row['prefill_ms']:.2f}" in result.stdout for row in rows)
-
-    result = run_script(script, *options, "--seconds", "0")
-    assert result.returncode == 0 and result.stdout.endswith("\n0 seconds are over\n")
-    result = run_script(script, *options, "--prompts", "0")
-    assert result.returncode == 1 and result.stderr.endswith("a process has failed, see above\n")
+FAMILY = Path(__file__).parent / "benchmarks" / "family.py"
 
 
 @pytest.mark.parametrize("name", ["chunk_attention", "chunk_attention_backward"])
@@ -235,7 +253,7 @@ def test_missing_extras_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "tabulate" else object())
     result = bench()
     assert result.exit_code == 1
-    assert result.stderr == "Error: the bench needs tabulate: pip install 'moda-ops[bench]'\n"
+    assert result.stderr == "Error: moda-ops bench needs tabulate: pip install 'moda-ops[bench]'\n"
 
 
 def test_output_that_is_a_file(tmp_path: Path) -> None:

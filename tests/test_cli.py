@@ -82,15 +82,48 @@ def test_missing_extras_name_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     result = moda_ops("demo", "--output", str(tmp_path))
     assert result.exit_code == 1
-    assert "the demo needs matplotlib and tqdm: pip install 'moda-ops[demo]'" in result.stderr
+    assert "moda-ops demo needs matplotlib and tqdm: pip install 'moda-ops[demo]'" in result.stderr
+
+
+WITHOUT_TRITON = """
+import runpy, sys
+
+sys.modules["triton"] = None  # importing it raises ModuleNotFoundError
+for command in ("bench --seconds 0.001 --output bench", "doctor", "demo --steps 2 --output demo"):
+    sys.argv = ["moda_ops", *command.split()]
+    try:
+        runpy.run_module("moda_ops", run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, command
+assert "moda_kernels" not in sys.modules
+"""
 
 
 @pytest.fixture(scope="module")
-def two_steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    output = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "moda_ops", "demo", "--steps", "2", "--output", str(output)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-    return output, done.stdout
+def without_triton(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder and output of ``python -m moda_ops bench``, ``doctor`` and two steps of ``demo``."""
+    folder, paths = tmp_path_factory.mktemp("without_triton"), os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON],
+        env=environment() | {"PYTHONPATH": paths},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def two_steps(without_triton: tuple[Path, str]) -> tuple[Path, str]:
+    return without_triton[0] / "demo", without_triton[1]
+
+
+def test_commands_run_without_triton(without_triton: tuple[Path, str]) -> None:
+    folder, printed = without_triton
+    assert (folder / "bench" / "bench.json").exists()
+    assert "SDPA" in printed and "cpu float32       ok" in printed
+    assert "failed" not in printed.lower()
 
 
 def test_demo_writes_a_checkpoint_that_loads(two_steps: tuple[Path, str]) -> None:
@@ -201,6 +234,22 @@ def test_doctor_passes_and_names_everything() -> None:
         assert word in result.stdout
     assert f"torch             {torch.__version__}" in result.stdout
     assert "cpu float32       ok" in result.stdout
+
+
+def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for module in (cli, doctor):
+        monkeypatch.setattr(module, "find_spec", lambda name: None if name == "triton" else name)
+    for command in ("demo", "digits", "bench"):
+        for arguments in ([], ["--device", "cuda"]):
+            result = moda_ops(command, *arguments)
+            assert result.exit_code == 2
+            assert "a CUDA device needs Triton, which is not installed" in result.stderr
+    result = moda_ops("doctor")
+    expected = "none on NVIDIA X1: the kernels need Triton, which is not installed"
+    assert f"cuda tensors      {expected}\n" in result.stdout
 
 
 def test_doctor_says_why_a_shape_gets_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,3 +182,13 @@ def test_only_marked_numbers_are_not_compared() -> None:
     assert sanitized("by ~-0.5 bits") == sanitized("by   ~0.04 bits")
     assert sanitized("took ~7 ms of 12 ms") != sanitized("took ~7 ms of 13 ms")
     assert sanitized("device: CPU\n3") == sanitized("device: NVIDIA H100\n3")
+
+
+def test_a_notebook_is_executed_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As ``make tutorials`` does it."""
+    monkeypatch.setenv("PYTHONPATH", "")  # what main sets is for its kernels
+    path, v4 = tmp_path / "note.ipynb", nbformat.v4
+    nbformat.write(v4.new_notebook(cells=[v4.new_code_cell("import moda_reference; 6 * 7")]), path)
+    runpy.run_path(str(FOLDER / "execute.py"))["main"]([path])
+    (cell,) = read(path).cells
+    assert cell.execution_count == 1 and cell.outputs[0].data == {"text/plain": "42"}

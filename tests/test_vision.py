@@ -225,7 +225,9 @@ def test_digits_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert result.exit_code == 1 and "Error: cannot write to --output" in result.stderr
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "sklearn" else True)
     result = run(cli.main, ["digits"])
-    assert result.stderr == ("Error: the digits needs sklearn: pip install 'moda-ops[digits]'\n")
+    assert result.stderr == (
+        "Error: moda-ops digits needs sklearn: pip install 'moda-ops[digits]'\n"
+    )
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """Draw docs/measurements/h100_operator.svg from h100_operator.json, for light and dark pages.
 
-    python docs/measurements/plot_operator.py
+    python docs/measurements/plot_operator.py [--output FILE.svg]
 
 For each row of the benchmark, forward and backward: how long the operator takes, as a multiple of
 cuDNN's time for the sequence part alone. Beside it what there is to do: that part, 1, and the time
@@ -8,6 +8,7 @@ to read the depth keys and values once (forward) or to read them and write their
 (backward) at the rate of a large copy. Medians of the recorded runs, as in docs/performance.md.
 """
 
+import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -47,6 +48,9 @@ def depth_ms(shape: Case, tb_per_s: float) -> float:
 def main() -> None:
     from matplotlib import pyplot as plt
 
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=HERE / "h100_operator.svg")
+    output = parser.parse_args().output
     recorded = json.loads((HERE / "h100_operator.json").read_text())
     rows = measurements(recorded)
     rate = max(run["copy_tb_per_s"] for run in recorded["runs"])
@@ -80,7 +84,7 @@ def main() -> None:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
     )
-    figure.savefig(HERE / "h100_operator.svg", transparent=True, metadata={"Date": None})
+    figure.savefig(output, transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":

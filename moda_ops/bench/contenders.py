@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moda_ops.checks import Plan
 
@@ -131,8 +132,21 @@ def moda(plan: Plan = "auto", *, as_list: bool = False, sequence: bool = True) -
     return prepare
 
 
+def sdpa(x: Inputs, case: Case) -> Passes:
+    """The sequence alone by ``scaled_dot_product_attention``."""
+    leaves = [y.detach().requires_grad_() for y in x[:3]]
+
+    def forward() -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in leaves)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.G > 1)
+        return out.transpose(1, 2)
+
+    out = forward()
+    return Passes(forward, lambda: torch.autograd.grad(out, leaves, x.dout, retain_graph=True))
+
+
 def library(name: str) -> Any:
-    """The sequence alone by one of the kernels behind ``scaled_dot_product_attention``."""
+    """The sequence alone by one of the GPU kernels behind ``scaled_dot_product_attention``."""
 
     def prepare(x: Inputs, case: Case) -> Passes:
         from moda_kernels import library
@@ -202,17 +216,22 @@ def authors(x: Inputs, case: Case) -> Passes:
     return Passes(forward, None)
 
 
+def has_authors() -> bool:
+    """Whether the authors' package is installed."""
+    return find_spec("fla") is not None and find_spec("fla.ops.moda") is not None
+
+
 def contenders(device: torch.device) -> list[Contender]:
-    """Those that this machine can run."""
+    """Those that this machine can run. On a CPU the operator is plain PyTorch."""
     ours = [
         Contender("moda", True, True, moda()),
         Contender("moda, list", True, True, moda(as_list=True)),
     ]
     alone = Contender("moda, depth alone", False, True, moda(sequence=False))
     if device.type == "cpu":
-        return [*ours, alone, Contender("SDPA", True, False, library("cpu"), peer=True)]
+        return [*ours, alone, Contender("SDPA", True, False, sdpa, peer=True)]
     peers = [Contender("FlexAttention", True, True, flex, peer=True)]
-    if find_spec("fla") and find_spec("fla.ops.moda"):
+    if has_authors():
         peers.append(Contender("authors", True, True, authors, peer=True))
     return [
         *ours,

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moda_ops.bench.contenders import SWEEPS, Case, Contender, contenders
+from moda_ops.bench.contenders import SWEEPS, Case, Contender, contenders, has_authors
 from moda_ops.bench.measure import Row, copy_rate, measure, release
 
-HEADINGS = ["", "forward ms", "x limit", "backward ms", "x limit", "error", ""]
 AXES = dict(tokens="T", groups="G", slots="L", tiny="L")
 """What grows along a sweep."""
 
@@ -49,17 +48,30 @@ def run(
 ) -> bool:
     """Measure, print a table per case, write bench.json and plots.
 
+    Limits are a GPU's: on a CPU the sizes are tiny, and caches hold all of it.
+
     Returns:
         Whether no row is wrong, and none failed but of a peer.
     """
     from tabulate import tabulate
     from tqdm import tqdm
 
+    on_gpu = device.type == "cuda"
     entrants = [c for c in contenders(device) if c.name in names]
-    rate = copy_rate(device, seconds)
-    record = machine(device)
-    record |= dict(dtype=str(dtype).removeprefix("torch."), copy_tb_per_s=round(rate / 1e9, 3))
+    record = machine(device) | dict(dtype=str(dtype).removeprefix("torch."))
+    if on_gpu:
+        rate = copy_rate(device, seconds)
+        record["copy_tb_per_s"] = round(rate / 1e9, 3)
     echo(", ".join(f"{name} {value}" for name, value in record.items()))
+    if on_gpu:
+        echo(
+            "x limit: time / the larger of the best library's for the sequence alone and M "
+            "(backward 2 M), the time to move depth at the copy rate"
+        )
+        if not has_authors():
+            echo("skipped: the authors' kernel, whose package (hustvl/MoDA) is not installed")
+    else:
+        echo("on a CPU the operator is plain PyTorch: the times say nothing about Triton's kernels")
     record["cases"] = []
     cases = list(dict.fromkeys(case for sweep in sweeps for case in SWEEPS[sweep]))
     with tqdm(total=len(cases) * len(entrants), unit="row", disable=None) as progress:
@@ -70,13 +82,14 @@ def run(
                 rows.append(measure(contender, case, dtype, device, seconds))
                 release(device)
                 progress.update()
-            limit = limits(rows, entrants, case.depth_bytes(dtype) / rate)
-            record["cases"].append(dict(**case._asdict(), **limit._asdict(), rows=rows))
+            limit = limits(rows, entrants, case.depth_bytes(dtype) / rate) if on_gpu else None
+            found = limit._asdict() if limit else {}
+            record["cases"].append(dict(**case._asdict(), **found, rows=rows))
             (output / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
             cells = [_cells(row, limit) for row in rows]
             with progress.external_write_mode():
-                echo(f"\n{case}; M = {limit.M:.3f} ms")
-                echo(tabulate(cells, HEADINGS, "simple", disable_numparse=True))
+                echo(f"\n{case}" + (f"; M = {limit.M:.3f} ms" if limit else ""))
+                echo(tabulate(cells, "keys", "simple", disable_numparse=True))
     for path in (output / "bench.json", *plot(record, sweeps, output)):
         echo(f"wrote {path}")
     peers = {c.name for c in entrants if c.peer}
@@ -100,40 +113,56 @@ def limits(rows: list[Row], entrants: list[Contender], M: float) -> Limits:
     return Limits(best("forward_ms"), best("backward_ms"), M)
 
 
-def _cells(row: Row, limit: Limits) -> list[str]:
-    cells = [row["contender"]]
+def _cells(row: Row, limit: Limits | None) -> dict[str, str]:
+    """The row as printed, by headings."""
+    cells = {"": row["contender"]}
     for name in ("forward", "backward"):
-        ms, floor = row.get(f"{name}_ms"), limit.of(row, name)
-        cells += [f"{ms:.3f}" if ms else "", f"{ms / floor:.2f}" if ms and floor else ""]
-    return [*cells, f"{row['error']:.1e}" if "error" in row else "", row.get("status", "")]
+        ms = row.get(f"{name}_ms")
+        cells[f"{name} ms"] = f"{ms:.3f}" if ms else ""
+        if limit:
+            floor = limit.of(row, name)
+            cells[f"{name} x limit"] = f"{ms / floor:.2f}" if ms and floor else ""
+    cells["error"] = f"{row['error']:.1e}" if "error" in row else ""
+    return cells | {"status": row.get("status", "")}
 
 
 def machine(device: torch.device) -> Row:
-    """Device, versions and revision: what a figure has to be read with."""
+    """Device, versions, date, and the revision of a checkout: what a figure is read with."""
     found: Row = dict(device="cpu", torch=torch.__version__)
     if device.type == "cuda":
         import triton
 
         found["device"] = torch.cuda.get_device_name(device)
         found |= dict(triton=triton.__version__, cudnn=torch.backends.cudnn.version())
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(git, capture_output=True, text=True, check=True)
-        found["revision"] = done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        found["revision"] = None
+    if (revision := _revision()) is not None:
+        found["revision"] = revision
     return dict(**found, date=time.strftime("%Y-%m-%d"))
+
+
+def _revision() -> str | None:
+    """Git's name of the checkout that this file belongs to, None outside of one."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # not a repository around an installation
+        return git("describe", "--always", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def plot(record: Row, sweeps: list[str], output: Path) -> list[Path]:
     """Time along each sweep that has an axis, and the share of its limit that each row reaches."""
     points: list[Row] = []
     for case in record["cases"]:
-        limit = Limits(case["C"], case["Cb"], case["M"])
+        limit = Limits(case["C"], case["Cb"], case["M"]) if "M" in case else None
         for row in case["rows"]:
-            point = dict(row, forward_limit=limit.of(row, "forward"))
-            point["backward_limit"] = limit.of(row, "backward")
-            if limit.C and limit.Cb:
+            point = dict(row)
+            if limit and limit.C and limit.Cb:
+                point |= {f"{name}_limit": limit.of(row, name) for name in ("forward", "backward")}
                 point |= dict(forward_x=limit.C / limit.M, backward_x=limit.Cb / 2 / limit.M)
             points.append(point)
     paths = []

@@ -9,6 +9,8 @@ loss     bits per byte on held-out text after a short training run, the same byt
 memory   of models of several depths: saved for backward (the distinct storages that autograd holds
          after forward, parameters left out), the largest gradient of depth slots in backward, and
          in inference the most depth slots that are alive at a time.
+
+A loss that is not finite, or more slots than a bound allows, makes the exit code 1.
 """
 
 import argparse
@@ -42,18 +44,23 @@ Row = dict[str, Any]
 
 
 def newest_of_attention(layer: int, slots: tuple[int, ...], budget: int) -> tuple[int, ...]:
-    """A function of one's own: no slots of feed-forward layers."""
+    """A user's own policy: no slots of feed-forward layers."""
     return tuple(slot for slot in slots if slot % 2 == 0)[-budget:]
 
 
 def trained(
-    config: MoDAConfig, recipe: demo.Recipe, texts: tuple[Tensor, Tensor], steps: int, seed: int
+    config: MoDAConfig,
+    recipe: demo.Recipe,
+    texts: tuple[Tensor, Tensor],
+    arguments: argparse.Namespace,
+    seed: int,
 ) -> tuple[MoDALanguageModel, float]:
-    """The model after so many steps, and its bits per byte on held-out text."""
+    """The model after training, and its bits per byte on held-out text."""
+    steps = arguments.steps
     torch.manual_seed(seed)
     model = MoDALanguageModel(config).to(DEVICE)
     generator, fixed = (torch.Generator().manual_seed(n) for n in (seed, 0))
-    held_out = [demo.draw(texts[1], recipe, fixed) for _ in range(16)]
+    held_out = [demo.draw(texts[1], recipe, fixed) for _ in range(arguments.held_out)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1)
 
     def loss_on(batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -92,7 +99,7 @@ def loss(arguments: argparse.Namespace) -> list[Row]:
                 assert mass is not None
                 model_config = config.bounded(budget, most_mass(mass))
             start = time.perf_counter()
-            model, bits = trained(model_config, recipe, texts, arguments.steps, seed)
+            model, bits = trained(model_config, recipe, texts, arguments, seed)
             if mass is None:
                 generator = torch.Generator().manual_seed(1)
                 batches = [demo.draw(texts[0], recipe, generator)[0] for _ in range(4)]
@@ -105,6 +112,8 @@ def loss(arguments: argparse.Namespace) -> list[Row]:
                 )
             )  # fmt: skip
             print(" ", rows[-1], flush=True)
+            if not math.isfinite(bits):
+                sys.exit("failed: the loss is not finite")
     return rows
 
 
@@ -137,7 +146,7 @@ class Alive(DepthSlots):
 
 def memory(arguments: argparse.Namespace) -> list[Row]:
     rows = []
-    for layers in (8, 16, 32, 48):
+    for layers in arguments.depths:
         config = MoDAConfig(
             vocab_size=256, layers=layers, width=256, heads=4, kv_heads=4, head_dim=64, hidden=1024
         )
@@ -168,6 +177,10 @@ def memory(arguments: argparse.Namespace) -> list[Row]:
                 )
             )  # fmt: skip
             print(" ", rows[-1], flush=True)
+            # Backward: what is kept, the two slots that this reader drops, its own keys.
+            n = arguments.budget if model_config.depth_keep else 2 * layers
+            if gradients.most > n + 3 or Alive.most > n + 2:
+                sys.exit(f"wrong: more than {n} + 3 slots in a gradient, or {n} + 2 alive")
     return rows
 
 
@@ -179,11 +192,15 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--only", nargs="+", choices=list(sections), default=list(sections))
     parser.add_argument("--layers", type=int, default=12, help="of the models that are trained")
+    parser.add_argument(
+        "--depths", nargs="+", type=int, default=[8, 16, 32, 48], help="layers for memory"
+    )
     parser.add_argument("--budget", type=int, default=4)
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--held-out", type=int, default=16, help="batches of held-out text")
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
-    names = "layers", "budget", "steps", "seeds"
+    names = "layers", "budget", "steps", "held_out", "seeds"
     record: Row = machine(DEVICE) | {name: getattr(arguments, name) for name in names}
     print(", ".join(f"{name} {value}" for name, value in record.items()))
     for name in arguments.only:

@@ -36,10 +36,9 @@ import torch
 from torch import Tensor
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from train_step import prepare_compilers  # noqa: E402
-
+from moda_ops.bench.report import machine  # noqa: E402
 from moda_ops.nn import KVCache, MoDAConfig, MoDALanguageModel, generate, prefill  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -100,7 +99,6 @@ def serve(pipe: Connection, function: Callable[..., Row], arguments: tuple[Any, 
         pipe.send({})
         pipe.recv()
 
-    prepare_compilers()
     pipe.send(function(ready, *arguments))
 
 
@@ -239,17 +237,8 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     config = MoDAConfig(**{name: getattr(arguments, name) for name in SIZES})
-    head: Row = dict(
-        device=torch.cuda.get_device_name() if CUDA else "cpu",
-        torch=torch.__version__,
-        new_tokens=arguments.new_tokens,
-        runs=arguments.runs,
-        **{name: getattr(arguments, name) for name in SIZES},
-    )
-    if CUDA:
-        import triton
-
-        head["triton"] = triton.__version__
+    head: Row = machine(DEVICE)
+    head |= {name: getattr(arguments, name) for name in ("new_tokens", "runs", *SIZES)}
     print(*(f"{name} {value}" for name, value in head.items()), sep=", ")
     configs = {depth: replace(config, depth=depth) for depth in DEPTHS}
     prompt, new_tokens = min(arguments.prompts), 16 if CUDA else 4

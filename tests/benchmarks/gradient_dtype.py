@@ -3,10 +3,12 @@
     python tests/benchmarks/gradient_dtype.py       (CPU, a minute)
 
 First everything else is exact: a float64 model whose running gradient alone is rounded after each
-reader. Then all of it runs in bfloat16.
+reader. No error, or one above half a unit per reader, makes the exit code 1. Then all of it runs in
+bfloat16.
 """
 
 import argparse
+import math
 import pathlib
 import sys
 
@@ -64,6 +66,9 @@ def main() -> None:
             grads = gradients(model, tokens, dtype, grad_dtype)
             error = ((grads - exact).norm() / exact.norm()).item()
             print(f"{layers} layers, model {dtype}, running gradient {grad_dtype}: {error:.1e}")
+            roundings = layers if dtype == torch.float64 else math.inf
+            if not 0 < error < roundings * torch.finfo(grad_dtype).eps / 2:
+                sys.exit("wrong: not the rounding of each reader")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ class StackedSlots(NamedTuple):
 
     k: tuple[Tensor, ...] = ()
     v: tuple[Tensor, ...] = ()
+    attention = staticmethod(moda_attention)
 
     @property
     def written(self) -> int:
@@ -28,7 +29,7 @@ class StackedSlots(NamedTuple):
 
     def write(self, k: Tensor, v: Tensor) -> "StackedSlots":
         """The stream with one more slot: k (B, T, H, D) and v (B, T, H, DV)."""
-        return StackedSlots((*self.k, k), (*self.v, v))
+        return type(self)((*self.k, k), (*self.v, v))
 
     def attend(
         self,
@@ -43,4 +44,4 @@ class StackedSlots(NamedTuple):
             k, v = k_slots.pop(), v_slots.pop()
         k_depth = torch.stack(k_slots, 2) if k_slots else None  # (B, T, L, H, D)
         v_depth = torch.stack(v_slots, 2) if v_slots else None
-        return moda_attention(q, k, v, k_depth, v_depth, **options), self
+        return self.attention(q, k, v, k_depth, v_depth, **options), self

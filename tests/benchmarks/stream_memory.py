@@ -7,7 +7,8 @@ the most memory of forward and backward above what was allocated before, gradien
 left out; "stream" is the keys and values of all slots, once. The model is MoDA with depth "kv+ffn"
 in bfloat16: eager, with each block compiled, or compiled whole, which takes minutes from 32 layers.
 Every row is compiled anew; the recompile limit is raised, for a list of slots is another graph at
-every length.
+every length. Forms of a stream must agree on the logits, to one rounding of bfloat16 per layer; a
+row that does not, or fails for another reason than memory, makes the exit code 1.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from stacked import StackedSlots  # noqa: E402
 from train_step import prepare_compilers  # noqa: E402
 
 from moda_ops import DepthSlots  # noqa: E402
+from moda_ops.bench.report import machine  # noqa: E402
 from moda_ops.nn import MoDAConfig, MoDALanguageModel  # noqa: E402
 
 STREAMS: dict[str, Callable[[], Any]] = {
@@ -71,7 +74,10 @@ def peak_bytes(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(stream: str, mode: str, layers: int, arguments: argparse.Namespace) -> Row:
+def measure(
+    stream: str, mode: str, layers: int, arguments: argparse.Namespace
+) -> tuple[Row, Tensor]:
+    """A row, and the logits."""
     batch, tokens, device = arguments.batch, arguments.tokens, torch.device(arguments.device)
     config = MoDAConfig(
         vocab_size=256,
@@ -91,12 +97,17 @@ def measure(stream: str, mode: str, layers: int, arguments: argparse.Namespace) 
     for part in dict(eager=[], block=model.blocks, whole=[model])[mode]:
         part.compile(fullgraph=True, backend=arguments.backend)
 
+    def new_logits() -> Tensor:
+        logits: Tensor = model(ids, STREAMS[stream]()).float()
+        return logits
+
     def forward() -> Tensor:
-        logits: Tensor = model(ids, STREAMS[stream]())
-        return logits.float().square().mean()
+        return new_logits().square().mean()
 
     start = time.perf_counter()
-    forward().backward()
+    logits = new_logits()
+    logits.square().mean().backward()
+    logits = logits.detach().cpu()
     if device.type == "cuda":
         torch.cuda.synchronize()
     row: Row = dict(
@@ -107,7 +118,7 @@ def measure(stream: str, mode: str, layers: int, arguments: argparse.Namespace) 
     )
     if device.type == "cuda":
         row["peak_mib"] = peak_bytes(lambda: forward().backward()) / MIB
-    return row
+    return row, logits
 
 
 def main() -> None:
@@ -136,43 +147,41 @@ def main() -> None:
     start = time.perf_counter()
     prepare_compilers()
     names = "batch", "tokens", "heads", "kv_heads", "head_dim", "backend"
-    head: Row = dict(
-        device=torch.cuda.get_device_name() if arguments.device != "cpu" else "cpu",
-        torch=torch.__version__,
-        **{name: getattr(arguments, name) for name in names},
-    )
-    if cuda:
-        import triton
-
-        head["triton"] = triton.__version__
+    head: Row = machine(torch.device(arguments.device))
+    head |= {name: getattr(arguments, name) for name in names}
     print(*(f"{name} {value}" for name, value in head.items()), sep=", ")
     columns = "stream_mib", "saved_mib", "peak_mib", "first_call_s"
     print(f"{'':14} {'mode':6} {'layers':>6}", *(f"{c:>13}" for c in columns), "graphs", flush=True)
     rows: list[Row] = []
-    for mode in arguments.modes:
-        for layers in arguments.layers:
-            for stream in arguments.streams:
-                if time.perf_counter() - start > arguments.seconds:
-                    print(f"{arguments.seconds:.0f} seconds are over")
-                    return
-                row: Row = dict(stream=stream, mode=mode, layers=layers)
-                try:
-                    row |= measure(stream, mode, layers, arguments)
-                except torch.OutOfMemoryError:
-                    row["status"] = "out of memory"
-                except Exception as error:  # a run on a lent machine goes on to its next row
-                    row["status"] = f"failed: {type(error).__name__}"
-                    traceback.print_exc()
-                gc.collect()
-                if cuda:
-                    torch.cuda.empty_cache()
-                rows.append(row)
-                cells = (f"{row[c]:13,.2f}" if c in row else f"{'':13}" for c in columns)
-                end = row.get("graphs", ""), row.get("status", "")
-                print(f"{stream:14} {mode:6} {layers:6}", *cells, *end, flush=True)
-                if arguments.json:
-                    text = json.dumps(dict(**head, rows=rows), indent=1)
-                    arguments.json.write_text(text + "\n")
+    first: dict[int, Tensor] = {}  # logits of the first row of so many layers
+    for mode, layers, stream in product(arguments.modes, arguments.layers, arguments.streams):
+        if time.perf_counter() - start > arguments.seconds:
+            print(f"{arguments.seconds:.0f} seconds are over")
+            break
+        row: Row = dict(stream=stream, mode=mode, layers=layers)
+        try:
+            found, logits = measure(stream, mode, layers, arguments)
+            row |= found
+            expected = first.setdefault(layers, logits)
+            error = ((logits - expected).norm() / expected.norm()).item()
+            if not error < layers * torch.finfo(torch.bfloat16).eps:
+                row["status"] = f"wrong: logits differ from the first row's by {error:.1e}"
+        except torch.OutOfMemoryError:
+            row["status"] = "out of memory"
+        except Exception as error:  # a run on a lent machine goes on to its next row
+            row["status"] = f"failed: {type(error).__name__}"
+            traceback.print_exc()
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+        rows.append(row)
+        cells = (f"{row[c]:13,.2f}" if c in row else f"{'':13}" for c in columns)
+        end = row.get("graphs", ""), row.get("status", "")
+        print(f"{stream:14} {mode:6} {layers:6}", *cells, *end, flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(dict(**head, rows=rows), indent=1) + "\n")
+    if any(row.get("status", "out of memory") != "out of memory" for row in rows):
+        sys.exit("a row is wrong or has failed")
 
 
 if __name__ == "__main__":
