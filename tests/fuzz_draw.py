@@ -26,9 +26,9 @@ SIZES: dict[str, dict[str, tuple[Any, ...]]] = dict(
     ),
     cuda=dict(
         dtype=FLOATS,
-        B=(1, 1, 2, 3),
-        T=(0, 1, 2, 3, 16, 17, 64, 129, 300, 1000),
-        H=(1, 1, 2, 3),
+        B=(1, 1, 2),
+        T=(0, 1, 2, 3, 16, 17, 64, 129, 300),
+        H=(1, 1, 2),
         G=(1, 2, 3, 5, 6, 7, 8, 16),
         D=(16, 24, 33, 64, 70, 80, 96, 128, 192, 256),
         L=(0, 1, 2, 7, 19, 72),
@@ -54,7 +54,8 @@ FAMILY = 16  # successive cases of one family, which on a GPU share the kernels 
 class Draw:
     """The choices of one case, by name, and the memory that its operators must leave alone.
 
-    On a GPU the sizes that kernels are compiled for come from the family: seed // FAMILY.
+    On a GPU the sizes that kernels are compiled for come from the family, seed // FAMILY, and half
+    of the cases do not ask for determinism, so that a library may do their backward.
     """
 
     def __init__(self, kind: str, seed: int, device: str) -> None:
@@ -65,6 +66,7 @@ class Draw:
         self.seed = self.random.randrange(2**31)  # of the numbers in tensors
         self.drawn: dict[str, Any] = {}
         self.memory: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.deterministic = device != "cuda" or self.chance("deterministic", 0.5)
         self.poison = self("poison", float("nan"), float("inf"), -float("inf"))
 
     def __call__(self, name: str, *options: Any) -> Any:
@@ -194,8 +196,7 @@ class Draw:
             return [out.detach(), lse.detach(), *grads]
 
         results = once()
-        library = self.device == "cuda" and self.drawn.get("plan", "fused") != "fused"
-        if not library and self.chance("again", 0.2):
+        if self.deterministic and self.chance("again", 0.2):
             for a, b in zip(results, once(), strict=True):
                 same = torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
                 assert same, "two runs differ in their bits"

@@ -90,6 +90,8 @@ class Program:
             elif step == "keep":
                 slots = sorted(draw.random.sample(range(n), draw.random.randint(0, n)))
                 options, dropped, n = dict(slots=slots), dropped or len(slots) < n, len(slots)
+            elif step == "junk":
+                options, dropped = dict(slots=range(n)), True
             elif step != "depth":
                 options |= dict(window=draw.random.choice((None, None, 0, 3)), cu_seqlens=cu)
             n += step in ("block", "checkpoint", "write", *REFUSED)
@@ -99,7 +101,7 @@ class Program:
         draw.drawn["program"] = " ".join(f"{step}{o.get('slots', '')}" for step, o in self.steps)
         generator = torch.Generator().manual_seed(draw.seed)
         self.weights = torch.randn(len(self.steps), 3, self.D, generator=generator)
-        dtype = draw.size("dtype")
+        self.junk, dtype = draw.poison, draw.size("dtype")
         shapes = (self.B, self.T, self.HQ, self.D), (self.B, self.T, self.H, self.DV)
         self.inputs = [torch.randn(x, generator=generator).to(draw.at, dtype) for x in shapes]
         grad_dtype = draw("grad_dtype", None, torch.float32) if dtype.itemsize == 2 else None
@@ -144,6 +146,9 @@ class Program:
                 out = stream.keys()[-1].detach().clone()
             elif step == "keep":
                 stream = stream.keep(options["slots"])
+            elif step == "junk":  # a slot that nobody reads
+                k, v = (torch.full_like(like.detach(), self.junk) for like in (k, v))
+                stream = stream.write(k, v).keep(options["slots"])
             elif isinstance(stream, DepthStream):  # "read": goes on in another stream
                 slots, stream = stream.read(), new()
                 for slot in slots:
@@ -158,7 +163,8 @@ class Program:
 def stream(draw: Draw) -> None:
     """DepthSlots and DepthStream beside the dense model, in float64 and in their own dtype."""
     program = Program(draw, refused=True)
-    wanted, again = draw("gradients", (0, 1), (0,), (1,)), draw.chance("again", 0.3)
+    wanted = draw("gradients", (0, 1), (0,), (1,))
+    again = draw.deterministic and draw.chance("again", 0.3)
 
     def results(new: Callable[[], Any], dtype: torch.dtype) -> list[Tensor]:
         leaves = [draw.place(x.to(dtype)).detach().requires_grad_() for x in program.inputs]

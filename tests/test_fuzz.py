@@ -1,4 +1,4 @@
-"""The fuzz command: some cases of it, that a case repeats, and that faults are seen and reported."""
+"""The fuzz command: some cases, that a case repeats, and that a fault is seen and reported."""
 
 import itertools
 
