@@ -26,7 +26,7 @@ from torch import Tensor
 
 import moda_ops
 import moda_reference
-from fuzz_draw import FAMILY, SIZES, Draw, depth, known
+from fuzz_draw import FAMILY, SIZES, Draw, depth
 from fuzz_stream import Program, stream
 from helpers import Inputs, assert_accurate, assert_decodes, assert_matches_reference, make_decoding
 from moda_ops import decode, ops
@@ -38,7 +38,6 @@ from test_depth_mass import assert_mass
 def check(draw: Draw, inputs: Inputs, call: Callable[..., Any], options: dict[str, Any]) -> None:
     """One batched call, forward and backward; keys that no query sees are poisoned for it."""
     T, S = inputs.q.shape[1], inputs.k.shape[1]
-    options = known(options, T, S)
     given = inputs
     if draw.chance("unseen poisoned", 0.5):
         seen = moda_reference.visible(T, S, options.get("causal", True), options.get("window"))
@@ -139,13 +138,12 @@ def varlen(draw: Draw) -> None:
     for t, s in documents:
         results = out[:, t], lse[..., t], part(grads, t, s)
         check_normalised(draw, *results[:2], T + S)
-        exact = known(options, T, S)
         assert_matches_reference(
             part(inputs, t, s),
             lambda *_, results=results: results,
             (dout[:, t], dlse[..., t]),
             stored=True,
-            **exact,
+            **options,
         )
     for name, grad in (("dk", grads.k), ("dv", grads.v)):
         largest = grad[:, padded_k].abs().max().item() if pads[1] else 0.0
@@ -159,10 +157,9 @@ def mass(draw: Draw) -> None:
         draw.options("causal", "window", "scale", "softcap"),
     )
     (B, T, _, _), S = inputs.q.shape, inputs.k.shape[1]
-    exact = known(options, T, S)
     of_scores = dict(scale=options["scale"], softcap=options["softcap"])
     arrays = inputs.numpy()
-    lse = torch.from_numpy(moda_reference.attention(*arrays, **exact)[1])
+    lse = torch.from_numpy(moda_reference.attention(*arrays, **options)[1])
     lse = lse.to(draw.at, ops.lse_dtype(inputs.q))
     lse_array, finite = lse.double().cpu().numpy(), lse.masked_fill(lse.isinf(), 1e9)
     placed, keys = inputs.map(draw.place), draw("keys", 1, 2, 5)
@@ -177,8 +174,8 @@ def mass(draw: Draw) -> None:
         assert_mass("depth mass", depth_mass, expected, inputs.q, slots, finite, **of_scores)
     n = min(keys, S)
     if n:  # as the mass of one slot, over the tokens once for each key
-        expected = moda_reference.sink_mass(*arrays[:2], lse_array, keys=keys, **exact)
-        seen = moda_reference.visible(T, S, exact["causal"], exact["window"])[:, :n]
+        expected = moda_reference.sink_mass(*arrays[:2], lse_array, keys=keys, **options)
+        seen = moda_reference.visible(T, S, options["causal"], options["window"])[:, :n]
         finite = finite.repeat(1, 1, n)
         finite.masked_fill_(~torch.from_numpy(seen.T.flatten()).to(draw.at), 1e9)
         q, slot = inputs.q.repeat(1, n, 1, 1), inputs.k[:, :n].repeat_interleave(T, 1)
@@ -193,8 +190,8 @@ def decoding(draw: Draw) -> None:
     longest = draw.size("cached")
     lengths = [draw.random.randint(0, longest) for _ in range(shape["B"])]
     draw.drawn["cached"] = lengths
-    exact = known(options, N, longest + N)
-    left = exact["window"][0] if isinstance(exact["window"], tuple) else exact["window"]
+    window = options["window"]
+    left = window[0] if isinstance(window, tuple) else window
     sizes = [shape.pop(name) for name in ("HQ", "H", "D", "L")]
     more = {name: shape[name] for name in ("DV", "dtype", "device", "form", "seed")}
     more |= dict(page_size=draw("page", None, None, 1, 5, 16, 64), spare=draw("spare", 0, 3, 70))
@@ -209,7 +206,7 @@ def decoding(draw: Draw) -> None:
         arguments = x.q, case.k_cache, case.v_cache, *depth(x), case.cache_seqlens
         return moda_ops.moda_decode(*arguments, **rest, **options, return_lse=True)
 
-    assert_decodes(case, call, stored=True, **exact)
+    assert_decodes(case, call, stored=True, **options)
 
 
 def calls_of(draw: Draw, name: str) -> Callable[..., Call]:

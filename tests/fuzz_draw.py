@@ -211,17 +211,3 @@ def is_packed(x: Inputs) -> bool:
 def depth(x: Inputs) -> tuple[Any, Any]:
     """k_depth and v_depth as the public functions take them."""
     return (x.k_depth[0], x.v_depth[0]) if is_packed(x) else (x.k_depth, x.v_depth)
-
-
-def known(options: dict[str, Any], T: int, S: int) -> dict[str, Any]:
-    """The same options for the reference: windows that show the same keys, and small numbers."""
-
-    def small(side: int | None) -> int | None:
-        return None if side is None else min(side, T + S)
-
-    if "window" not in options:
-        return options
-    window = options["window"]
-    return options | dict(
-        window=tuple(map(small, window)) if isinstance(window, tuple) else small(window)
-    )
