@@ -116,22 +116,22 @@ class Program:
         stream: Any = new()
         older, outs = [stream], []
 
-        def block(x: Tensor, stream: Any, i: int) -> tuple[Tensor, Any]:
-            q, k, v = parts(x, i)
+        def block(x: Tensor, y: Tensor, stream: Any, i: int) -> tuple[Tensor, Any]:
+            q, k, v = parts(x, y, i)
             return stream.write(k, v).attend(q, **self.steps[i][1])
 
-        def parts(x: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        def parts(x: Tensor, y: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
             q, k, v = (torch.sin(x * w.to(x)) for w in self.weights[i])
             return q, k[:, :, : self.H], v[:, :, : self.H, : self.DV] + y
 
         for i, (step, options) in enumerate(self.steps):
-            (q, k, v), out = parts(x, i), None
+            (q, k, v), out = parts(x, y, i), None
             if step in ("checkpoint", "reentrant"):
                 reentrant = step == "reentrant" and not isinstance(stream, DenseStream)
-                out, stream = checkpoint(block, x, stream, i, use_reentrant=reentrant)
+                out, stream = checkpoint(block, x, y, stream, i, use_reentrant=reentrant)
             elif step in ("block", "no_grad"):
                 with torch.set_grad_enabled(step == "block" and torch.is_grad_enabled()):
-                    out, stream = block(x, stream, i)
+                    out, stream = block(x, y, stream, i)
             elif step == "write":
                 stream = stream.write(k, v)
             elif step == "outside":
@@ -171,6 +171,9 @@ def stream(draw: Draw) -> None:
         out = program.run(new, *leaves)
         generator = torch.Generator().manual_seed(draw.seed + 1)
         of, dout = [leaves[i] for i in wanted], torch.randn(out.shape, generator=generator).to(out)
+        if "reentrant" in program.names:  # PyTorch has no autograd.grad for it
+            out.backward(dout)
+            return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in of)]
         grads = torch.autograd.grad(out, of, dout, retain_graph=again, materialize_grads=True)
         if again:
             twice = torch.autograd.grad(out, of, dout, materialize_grads=True)

@@ -113,11 +113,16 @@ def test_a_fault_is_found(fault, monkeypatch):
 
 def test_a_failure_is_one_line_that_says_how_to_repeat_it(monkeypatch, capsys):
     mask_off_by_one(monkeypatch)
-    assert fuzz.main(["--seconds", "0.3", "--only", "attention"]) == 1
-    *lines, count, total = capsys.readouterr().out.splitlines()
-    command = next(line for line in lines if "AssertionError" in line).split("  # ")[0]
+    line = next(failures(25, ["attention"]))
+    command = line.split("  # ")[0]
     assert command.startswith("python tests/fuzz.py --device cpu --case attention:")
-    assert count.split()[0] == "attention" and total.split()[0] == "all"
     assert fuzz.main(command.split()[2:]) == 1
+    assert capsys.readouterr().out.splitlines()[0] == line
     monkeypatch.undo()
     assert fuzz.main(command.split()[2:]) == 0
+
+
+def test_a_run_counts_its_cases(capsys):
+    assert fuzz.main(["--seconds", "0", "--only", "depth_attention"]) == 0
+    kind, total = capsys.readouterr().out.splitlines()
+    assert kind.split()[:2] == ["depth_attention", "1"] and total.split()[:2] == ["all", "1"]
