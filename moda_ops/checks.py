@@ -66,7 +66,7 @@ def _check_input(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, q
 
 
 def _check_last_stride(name: str, tensor: Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel():
         raise ValueError(
             f"{name} must be contiguous in its last dimension (stride 1), got strides "
             f"{tuple(tensor.stride())}; call .contiguous() if a copy is acceptable"

@@ -86,6 +86,11 @@ class Scores(NamedTuple):
     k: list[Tensor]  # likewise
 
 
+def _scale(inputs: Inputs, options: dict[str, Any]) -> float:
+    scale = options.get("scale")
+    return inputs.q.shape[-1] ** -0.5 if scale is None else scale
+
+
 def _scores(inputs: Inputs, options: dict[str, Any]) -> Scores:
     q, k, v, k_depth, v_depth = inputs
     if len(k_depth) == 1 and k_depth[0].dim() == 5:
@@ -96,7 +101,7 @@ def _scores(inputs: Inputs, options: dict[str, Any]) -> Scores:
         chunk = moda_reference.chunk_visible(T, options["chunk_size"])
         seen = np.concatenate([seen, *[chunk] * len(k_depth)], 1)
         k, v, k_depth, v_depth = torch.cat([k, *k_depth], 1), torch.cat([v, *v_depth], 1), [], []
-    cap, scale = options.get("softcap"), options.get("scale") or q.shape[-1] ** -0.5
+    cap, scale = options.get("softcap"), _scale(inputs, options)
 
     def heads(x: Tensor) -> Tensor:  # (B, S, H, D) -> (B, HQ, S, D)
         return x.repeat_interleave(G, 2).transpose(1, 2)
@@ -128,22 +133,29 @@ def plain_attention(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
     return _mix(p, scores.v).transpose(1, 2), scores.values.logsumexp(-1)
 
 
-def rounding(inputs: Inputs, dout: Tensor, dlse: Tensor, **options: Any) -> dict[str, float]:
+def rounding(
+    inputs: Inputs, dout: Tensor, dlse: Tensor, *, stored: bool = False, **options: Any
+) -> dict[str, float]:
     """What one float32 rounding of every score, sum and product amounts to in each result.
 
     To first order: p carries the roundings of its score (a sum of products) and of lse, ds those of
-    the two sums that cancel in dp - delta, and the final sums add magnitudes.
+    the two sums that cancel in dp - delta, and the final sums add magnitudes. With ``stored`` also
+    what one rounding of p, out and ds to the inputs' dtype amounts to: results of few elements need
+    it, where a plain evaluation may be exact by accident.
     """
     exact, size = inputs.map(lambda x: x.double()), inputs.map(lambda x: x.abs().double())
-    scores, sizes = _scores(exact, options), _scores(size, options | {"softcap": None})
+    scale = abs(_scale(inputs, options))
+    scores = _scores(exact, options)
+    sizes = _scores(size, options | {"softcap": None, "scale": scale})
     out, lse = plain_attention(exact, **options)
     lse = lse.masked_fill(lse.isinf(), 0.0)[..., None]
     p = torch.exp(scores.values - lse)
-    p = p * (1 + sizes.values.masked_fill(scores.hidden, 0.0) + lse.abs())
+    steps = torch.finfo(inputs.q.dtype).eps / torch.finfo(torch.float32).eps if stored else 0.0
+    p = p * (1 + steps + sizes.values.masked_fill(scores.hidden, 0.0) + lse.abs())
     do = dout.abs().double().transpose(1, 2)
     dp = torch.cat([do @ sizes.v[0].mT, *((do * x).sum(-1, keepdim=True) for x in sizes.v[1:])], -1)
     delta = (do * out.abs().transpose(1, 2)).sum(-1) + dlse.abs()
-    ds = p * (dp + delta[..., None]) * (options.get("scale") or inputs.q.shape[-1] ** -0.5)
+    ds = p * (dp + delta[..., None]) * scale
     G, S = inputs.q.shape[2] // inputs.k.shape[2], inputs.k.shape[1]
 
     def over_rows(weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +205,12 @@ def make_cotangents(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def assert_matches_reference(
-    inputs: Inputs, run: Any, cotangents: tuple[Tensor, Tensor] | None = None, **options: Any
+    inputs: Inputs,
+    run: Any,
+    cotangents: tuple[Tensor, Tensor] | None = None,
+    *,
+    stored: bool = False,
+    **options: Any,
 ) -> None:
     """``run(inputs, dout, dlse) -> (out, lse, gradients as Inputs)`` against moda_reference."""
     dout, dlse = cotangents or make_cotangents(inputs)
@@ -213,7 +230,7 @@ def assert_matches_reference(
         loss, leaves.leaves(), [dout, dlse.to(plain_lse)], allow_unused=True
     )
 
-    floor = rounding(inputs, dout, dlse, **options)
+    floor = rounding(inputs, dout, dlse, stored=stored, **options)
     assert_accurate("out", out, exact_out, plain_out, floor["out"])
     assert_accurate("lse", lse, exact_lse, plain_lse, floor["lse"])
     packed = isinstance(exact.dk_depth, np.ndarray)
@@ -308,7 +325,7 @@ def make_decoding(
     )
 
 
-def assert_decodes(case: Decoding, run: Any, **options: Any) -> None:
+def assert_decodes(case: Decoding, run: Any, *, stored: bool = False, **options: Any) -> None:
     """``run(case) -> (out, lse)``, which may write to its caches, against moda_reference.decode."""
     q, _, _, k_depth, v_depth = case.inputs.numpy()
     tensors = [None if x is None else x.double().cpu().numpy() for x in case[2:]]
@@ -328,7 +345,7 @@ def assert_decodes(case: Decoding, run: Any, **options: Any) -> None:
         one = case.one(b)
         plain_out[b : b + 1], plain_lse[b : b + 1] = plain_attention(one, **options)
         zeros = torch.zeros_like(out[:1]), torch.zeros_like(lse[:1])
-        errors = rounding(one, *zeros, **options)
+        errors = rounding(one, *zeros, stored=stored, **options)
         floor = [max(floor[0], errors["out"]), max(floor[1], errors["lse"])]
     assert_accurate("out", out, exact.out, plain_out, floor[0])
     assert_accurate("lse", lse, exact.lse, plain_lse, floor[1])

@@ -29,7 +29,7 @@ def plain_mass(scores, lse):
 
 def scores_of(q, keys, scale=None, softcap=None):
     """[B, HQ, T, n] of q (B, T, HQ, D) and n keys (B, T, H, D) of each token."""
-    G, scale = q.shape[2] // keys[0].shape[2], scale or q.shape[-1] ** -0.5
+    G, scale = q.shape[2] // keys[0].shape[2], q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.stack([(q * k.repeat_interleave(G, 2)).sum(-1) for k in keys], -1) * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     return scores.transpose(1, 2)
@@ -41,7 +41,9 @@ def assert_mass(name, actual, exact, q, keys, lse, **options):
     p = torch.exp(
         scores_of(exact_q, [k.double() for k in keys], **options) - lse.double()[..., None]
     )
-    size = scores_of(*sizes, **options | {"softcap": None})
+    scale = options.get("scale")
+    scale = None if scale is None else abs(scale)
+    size = scores_of(*sizes, **options | {"softcap": None, "scale": scale})
     floor = EPS * (p * (1 + size + lse.abs()[..., None])).mean(2).max().item()
     plain = plain_mass(scores_of(q, keys, **options), lse.to(q.dtype)).float()
     assert_accurate(name, actual, exact, plain, floor)

@@ -63,6 +63,16 @@ def test_matches_reference(dtype, options, form, device):
     assert_matches_reference(inputs, run_public(**options), **options)
 
 
+def test_strides_of_what_is_empty_do_not_matter(device):
+    """``contiguous`` would not change them either."""
+    q, k, v = torch.randn(3, 1, 5, 2, 8, device=device)
+    nothing = torch.randn(1, 5, 0, 2, 8, 3, device=device)[..., 0]
+    assert nothing.contiguous().stride(-1) == 3
+    assert torch.equal(moda_attention(q, k, v, nothing, nothing), moda_attention(q, k, v))
+    no_keys = q.new_empty(1, 0, 2, 8, 3)[..., 0]
+    assert not moda_attention(q, no_keys, no_keys).any()
+
+
 @pytest.mark.parametrize("L", [0, 1, 3])
 @pytest.mark.parametrize("form", ["list", "packed"])
 def test_gradcheck(form, L):
