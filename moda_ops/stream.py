@@ -251,16 +251,18 @@ class DepthStream(NamedTuple):
             >>> stream.to("cpu") is stream
             True
         """
-        here = torch.empty(0, device=device).device
-        if here == self.buffer.device:
-            return self
+        here = torch.empty(0, device=device).device == self.buffer.device
+        return self if here else self._copied(device, non_blocking)
+
+    def _copied(self, device: torch.device | str, non_blocking: bool = False) -> "DepthStream":
         _, B, T, H, _ = self.buffer.shape
         sizes = self.slots, B, T, H, self.head_dim, self.value_dim
-        dtypes = dict(dtype=self.buffer.dtype, grad_dtype=self.token.dtype)
-        moved = DepthStream.allocate(*sizes, device=here, **dtypes)
-        for slot in self.read().to(here, non_blocking=non_blocking):
-            moved = moved.write(slot[..., : self.head_dim], slot[..., self.head_dim :])
-        return moved
+        copied = DepthStream.allocate(
+            *sizes, dtype=self.buffer.dtype, grad_dtype=self.token.dtype, device=device
+        )
+        for slot in self.read().to(device, non_blocking=non_blocking):
+            copied = copied.write(slot[..., : self.head_dim], slot[..., self.head_dim :])
+        return copied
 
     def attend(
         self,
@@ -347,7 +349,8 @@ class DepthStream(NamedTuple):
         does not see who writes to the buffer, and might read it too early.
         """
         places = None if self.places is None else self.places[:-1]
-        if torch.compiler.is_compiling() or type(self.buffer) is not Tensor:
+        seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if seen or type(self.buffer) is not Tensor:
             copy = torch.ops.moda.stream_read(self.buffer, self.token.detach(), places)
             return [copy[i][..., : self.head_dim] for i in range(self.written)]
         there = [i for i in (places or range(self.written)) if i >= 0]
@@ -546,8 +549,9 @@ class DepthSlots(NamedTuple):
         return moda_depth_attention(q, k, v, scale=scale, softcap=softcap), self
 
 
-for _stream in (DepthStream, DepthSlots):  # torch.export.save wants a name for them
+for _stream in (DepthStream, DepthSlots):  # for torch.export.save and load
     _register_namedtuple(_stream, serialized_type_name=f"moda_ops.{_stream.__name__}")
+    torch.serialization.add_safe_globals([_stream])
 
 
 def check_kept(slots: object, written: int) -> None:

@@ -75,6 +75,7 @@ class _Record:
     def __init__(self, buffer: Tensor) -> None:
         self.storage = StorageWeakRef(buffer.untyped_storage())
         self.written = 0
+        self.backward = torch._C._current_graph_task_id()  # -1 outside of any
         self.inside_reentrant = not torch.is_grad_enabled() and in_reentrant_forward()
 
 
@@ -107,6 +108,10 @@ def _record(buffer: Tensor) -> _Record | None:
     return None if buffer.storage_offset() else record
 
 
+def _capturing(buffer: Tensor) -> bool:
+    return buffer.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _check_reentrant(record: _Record) -> None:
     """Raise RuntimeError if the stream has left the reentrant checkpoint that allocated it."""
     if record.inside_reentrant and not in_reentrant_forward():
@@ -115,9 +120,9 @@ def _check_reentrant(record: _Record) -> None:
 
 def _refuse_copy() -> NoReturn:
     raise RuntimeError(
-        "this is a copy of a depth stream (cloned, moved, unpickled, or the input of a CUDA "
-        "graph), and nobody knows which of its slots are written: go on with the stream itself, or "
-        "copy it with stream.to(device)"
+        "this is a copy of a depth stream (cloned, moved, unpickled, or what a CUDA graph returned), "
+        "and nobody knows which of its slots are written: go on with the stream itself, or move it "
+        "with stream.to(device)"
     )
 
 
@@ -125,7 +130,7 @@ def _claim(buffer: Tensor, slot: int) -> bool:
     """Whether this slot is written again, by a recomputation; RuntimeError if it may not be."""
     record = _record(buffer)
     if record is None:
-        if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _capturing(buffer):
             raise RuntimeError(
                 "a CUDA graph that is being captured would write to a copy of the depth stream; "
                 "allocate the DepthStream inside the captured function"
@@ -137,11 +142,11 @@ def _claim(buffer: Tensor, slot: int) -> bool:
     with _lock:
         again, count = bool(record.written >> slot & 1), record.written.bit_count()
         record.written |= 1 << slot
-    if again:
+    if again or torch._C._current_graph_task_id() != record.backward:
         kind = recomputation()
         if kind == "reentrant":
             raise RuntimeError(REENTRANT)
-        if kind is None:
+        if again and kind is None:
             raise RuntimeError(
                 f"slot {slot} of the depth stream is written twice ({count} are written): a stream "
                 "value can be continued once; allocate a new DepthStream for every forward pass"
@@ -152,11 +157,13 @@ def _claim(buffer: Tensor, slot: int) -> bool:
 def check_written(buffer: Tensor, places: Sequence[int], *, forward: bool = True) -> None:
     """Raise RuntimeError if one of these slots holds nothing, as far as it is known.
 
-    In backward a buffer may be a copy: what a hook has moved to the CPU and back.
+    Two kinds of copies are read: what a hook has moved to the CPU and back, in backward, and what a
+    CUDA graph makes of its inputs.
     """
     record = _record(buffer)
     if record is None:
-        if forward and torch._C._current_graph_task_id() == -1 and recomputation() is None:
+        in_backward = torch._C._current_graph_task_id() != -1 or recomputation() is not None
+        if forward and not in_backward and not _capturing(buffer):
             _refuse_copy()
         return
     if forward:
