@@ -82,19 +82,19 @@ class _Record:
 _records: dict[int, _Record] = {}
 """The record of every living buffer, by the address of its storage's control block.
 
-A record's weak reference keeps the control block, so no other storage has the same address.
+A record's weak reference keeps the control block, so no other storage gets the same address.
 """
-_lock = threading.RLock()  # reentrant: the garbage collector may run code that allocates a stream
+_lock = threading.RLock()  # of a record's bits; reentrant, for the garbage collector may run code
 _DEBUG = os.environ.get("MODA_DEBUG") == "1"
 
 
 def _buffer(unique: Tensor, shape: Sequence[int]) -> Tensor:
     buffer = unique.new_empty(shape)
+    for key, record in list(_records.items()):  # which keeps the records, so their keys stay theirs
+        if record.storage.expired():
+            _records.pop(key, None)
     record = _Record(buffer)
-    with _lock:
-        for gone in [key for key, other in _records.items() if other.storage.expired()]:
-            _records.pop(gone, None)
-        _records[record.storage.cdata] = record
+    _records[record.storage.cdata] = record
     return buffer
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch.autograd.graph import save_on_cpu
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moda_ops import DepthSlots, DepthStream, stream_ops
@@ -136,10 +137,9 @@ def test_a_reentrant_checkpoint_of_tensors_is_an_error():
         gradients(model, allocate())
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager"])
-def test_a_reentrant_checkpoint_of_compiled_blocks_is_an_error(compiler):
+def test_a_reentrant_checkpoint_of_compiled_blocks_is_an_error():
     torch._dynamo.reset()
-    compiled = torch.compile(block, fullgraph=True, backend=compiler)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
 
     def model(x, stream, weights):
         return loop(x, stream, weights, partial(checkpoint, compiled, use_reentrant=True))
@@ -211,11 +211,12 @@ def test_compiled_autograd_recomputes():
     torch._dynamo.reset()
 
     def model(x, stream, weights):
-        return loop(x, stream, weights, WAYS["checkpoint"])
+        return loop(x, stream, weights[:1], WAYS["checkpoint"])
 
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
-        actual = gradients(model, allocate())
-    assert_same(actual, gradients(loop, DepthSlots()))
+        w, *_, x = gradients(model, allocate())
+    expected, *_, other = gradients(lambda x, stream, w: loop(x, stream, w[:1]), DepthSlots())
+    assert_same((w, x), (expected, other))
 
 
 # Other writes within backward
@@ -346,6 +347,30 @@ def test_threads_do_not_lose_a_guard():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_forgetting_a_stream_spares_one_that_comes_meanwhile(monkeypatch):
+    """In the old stream's place: what a thread has found to be gone, another one allocates."""
+    expired, come, k = StorageWeakRef.expired, [], torch.zeros(1, 1, 1, 2**20)
+
+    def large():  # enough for the system to give the same memory again
+        return DepthStream.allocate(8, *k.shape)
+
+    def meanwhile(reference):
+        gone = expired(reference)
+        if gone and monkeypatch.undo() is None:
+            come.append(large())
+            come[-1].write(k, k)
+            monkeypatch.setattr(StorageWeakRef, "expired", meanwhile)
+        return gone
+
+    [large() for _ in range(4)]  # gone at once
+    monkeypatch.setattr(StorageWeakRef, "expired", meanwhile)
+    large()
+    assert come
+    for stream in come:
+        with pytest.raises(RuntimeError, match="written twice"):
+            stream.write(k, k)
 
 
 # Debug mode
