@@ -410,7 +410,7 @@ class DepthStream(NamedTuple):
 
 
 _without_gradient = WeakTensorKeyDictionary()
-"""The keys that a reentrant checkpoint has written to a DepthSlots in its pass without gradients."""
+"""The keys that a reentrant checkpoint wrote to a DepthSlots in its pass without gradients."""
 
 
 class DepthSlots(NamedTuple):
@@ -442,9 +442,7 @@ class DepthSlots(NamedTuple):
             return "DepthSlots(written=0)"
         k, v = (f"{name}={tuple(x.shape)}" for name, x in (("k", self.k[-1]), ("v", self.v[-1])))
         x = self.k[-1]
-        return (
-            f"DepthSlots(written={self.written}, {k}, {v}, dtype={x.dtype}, device='{x.device}')"
-        )
+        return f"DepthSlots(written={self.written}, {k}, {v}, dtype={x.dtype}, device='{x.device}')"
 
     @property
     def written(self) -> int:
@@ -455,9 +453,9 @@ class DepthSlots(NamedTuple):
         """The stream with one more slot: k (B, T, H, D) and v (B, T, H, DV)."""
         check_tensors(k=k, v=v)
         self._check_reentrant()
-        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            if in_reentrant_forward():
-                _without_gradient[k] = True
+        eager = not torch.compiler.is_compiling()
+        if eager and not torch.is_grad_enabled() and in_reentrant_forward():
+            _without_gradient[k] = True
         return DepthSlots((*self.k, k), (*self.v, v))
 
     def _check_reentrant(self) -> None:

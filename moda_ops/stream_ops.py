@@ -69,6 +69,7 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
+
 class _Record:
     """What is known of one buffer: which slots are written, one bit each, and who allocated it."""
 
@@ -120,9 +121,9 @@ def _check_reentrant(record: _Record) -> None:
 
 def _refuse_copy() -> NoReturn:
     raise RuntimeError(
-        "this is a copy of a depth stream (cloned, moved, unpickled, or what a CUDA graph returned), "
-        "and nobody knows which of its slots are written: go on with the stream itself, or move it "
-        "with stream.to(device)"
+        "this is a copy of a depth stream (cloned, moved, unpickled, or what a CUDA graph "
+        "returned), and nobody knows which of its slots are written: go on with the stream itself, "
+        "or move it with stream.to(device)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which memory a depth stream reads and writes, and who may: copies, hooks, checkpoints, threads."""
+"""Who may read and write a stream's memory: copies, hooks, checkpoints, threads."""
 
 import copy
 import io
