@@ -2,8 +2,8 @@
 
 A stream's slot may be written a second time only where a block is recomputed. PyTorch does not
 say whether it recomputes, so this module looks for its functions on the call stack. Streams look
-only when a slot is written again, or where a pass without gradients begins a stream: never in an
-ordinary training step.
+only when a slot is written again, and when one is allocated while gradients are disabled, as they
+are within compiled code. An eager training step without checkpoints never looks.
 """
 
 import sys

@@ -131,6 +131,8 @@ class DepthStream(NamedTuple):
         return cls(buffer, torch.empty((0, *shape), dtype=grad_dtype, device=device), head_dim)
 
     def __repr__(self) -> str:
+        if not isinstance(self.buffer, Tensor):  # what a tool puts in a tensor's place
+            return f"DepthStream{tuple(self)}"
         _, B, T, H, _ = self.buffer.shape
         return (
             f"DepthStream(written={self.written}, slots={self.slots}, batch={B}, tokens={T}, "
@@ -440,6 +442,8 @@ class DepthSlots(NamedTuple):
     def __repr__(self) -> str:
         if not self.k:
             return "DepthSlots(written=0)"
+        if not isinstance(self.k[-1], Tensor):
+            return f"DepthSlots{tuple(self)}"
         k, v = (f"{name}={tuple(x.shape)}" for name, x in (("k", self.k[-1]), ("v", self.v[-1])))
         x = self.k[-1]
         return f"DepthSlots(written={self.written}, {k}, {v}, dtype={x.dtype}, device='{x.device}')"

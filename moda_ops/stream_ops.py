@@ -229,7 +229,9 @@ def _read(buffer: Tensor, token: Tensor, places: Sequence[int] | None = None) ->
     check_stream(buffer, token, places)
     there = _Kept.of(token.shape[0], places).places
     check_written(buffer, there)
-    return buffer[: len(there)].clone() if places is None else buffer[list(there)]
+    if places is None or not there:
+        return buffer[: len(there)].clone()
+    return torch.stack([buffer[place] for place in there])
 
 
 def _read_fake(buffer: Tensor, token: Tensor, places: Sequence[int] | None = None) -> Tensor:

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch._functorch import config as functorch_config
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from moda_ops import DepthSlots, DepthStream, stream_ops
@@ -173,7 +174,8 @@ def test_opcheck(device, monkeypatch):
         leaves = [x.clone().requires_grad_(grad) for x in (q, k, v)]
         token = zeros(buffer, 2).requires_grad_(grad)
         torch.library.opcheck(moda.stream_write.default, (*leaves[1:], buffer, token))
-        torch.library.opcheck(moda.stream_read.default, (buffer, token))
+        for places in (None, (3, -1)):
+            torch.library.opcheck(moda.stream_read.default, (buffer, token, places))
         for keys in (leaves[1:], (None, None)):
             args = (leaves[0], *keys, buffer, token)
             torch.library.opcheck(moda.stream_attention.default, args, dict(softcap=2.0))
@@ -564,6 +566,8 @@ def test_repr_shows_no_memory():
         "DepthStream(written=1, slots=1, batch=2, tokens=6, kv_heads=2, head_dim=8, value_dim=4, "
         "dtype=torch.float64, device='cpu')"
     )
+    shapes = tree_map(lambda x: "x", model_of(1)), tree_map(lambda x: "x", DepthSlots().write(K, V))
+    assert repr(shapes) == "(DepthStream('x', 'x', 'x', 'x'), DepthSlots(('x',), ('x',)))"
     assert repr(DepthSlots()) == "DepthSlots(written=0)"
     assert repr(DepthSlots().write(K, V)) == (
         "DepthSlots(written=1, k=(2, 6, 2, 8), v=(2, 6, 2, 4), dtype=torch.float64, device='cpu')"
