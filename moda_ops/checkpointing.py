@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Literal
 
-from torch.autograd.function import BackwardCFunction
-from torch.utils.checkpoint import CheckpointFunction
+from torch.autograd.function import BackwardCFunction, Function
 
 REENTRANT = (
     "a depth stream loses gradients in a reentrant checkpoint, which runs a block without "
@@ -25,7 +24,11 @@ _BACKWARD = {
     for name in ("apply", "apply_boxed")
     if hasattr(BackwardCFunction, name)
 }
-_REENTRANT_FORWARD = CheckpointFunction.forward.__code__
+_FORWARD = Function.apply.__code__
+
+
+def _compiled(function: type) -> bool:
+    return function.__module__.startswith("torch._functorch")
 
 
 def _stack() -> Iterator[FrameType]:
@@ -49,10 +52,15 @@ def recomputation() -> Literal["checkpoint", "compiled", "reentrant"] | None:
             return "compiled"
         if frame.f_code in _BACKWARD:
             function = type(frame.f_locals["self"])._forward_cls
-            return "compiled" if function.__module__.startswith("torch._functorch") else "reentrant"
+            return "compiled" if _compiled(function) else "reentrant"
     return None
 
 
 def in_reentrant_forward() -> bool:
-    """Whether a reentrant checkpoint runs this code for the first time, without gradients."""
-    return any(frame.f_code is _REENTRANT_FORWARD for frame in _stack())
+    """Whether a reentrant checkpoint runs this code for the first time, without gradients.
+
+    That is any autograd.Function, for its forward runs without, but those of compiled code.
+    """
+    return any(
+        frame.f_code is _FORWARD and not _compiled(frame.f_locals["cls"]) for frame in _stack()
+    )

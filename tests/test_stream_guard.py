@@ -113,9 +113,42 @@ def two_parts(x, stream, weights):
     return x
 
 
+class OfAnotherLibrary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, w, x, box):
+        ctx.run, ctx.box = run, box
+        ctx.save_for_backward(w, x)
+        y, ctx.after = run(w, x, box[0])
+        box[0] = ctx.after
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        w, x = (saved.detach().requires_grad_() for saved in ctx.saved_tensors)
+        with torch.enable_grad():
+            y, _ = ctx.run(w, x, ctx.box[1])
+        return None, *torch.autograd.grad(y, (w, x), dy), None
+
+
+def of_another_library(x, stream, weights):
+    for w in weights:
+        box = [stream, stream]
+        x, stream = OfAnotherLibrary.apply(block, w, x, box), box[0]
+    return x
+
+
 @pytest.mark.parametrize("begin", [lambda: allocate(2 * LAYERS), DepthSlots])
 @pytest.mark.parametrize(
-    "model", [in_a_tuple, in_a_dict, closed_over, first_block_alone, begun_inside, two_parts]
+    "model",
+    [
+        of_another_library,
+        in_a_tuple,
+        in_a_dict,
+        closed_over,
+        first_block_alone,
+        begun_inside,
+        two_parts,
+    ],
 )
 def test_a_reentrant_checkpoint_is_an_error(model, begin):
     with pytest.raises(RuntimeError, match=REENTRANT):
