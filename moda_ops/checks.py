@@ -301,8 +301,14 @@ def check_backward(
             )
 
 
-def check_stream(buffer: Tensor, token: Tensor) -> None:
-    """Raise unless the two tensors of a depth stream fit together."""
+EMPTY_STREAM = (
+    "the depth stream is empty: write this layer's keys and values first (write returns the stream "
+    "to go on with: stream = stream.write(k, v)), or give k and v"
+)
+
+
+def check_stream(buffer: Tensor, token: Tensor, places: Sequence[int] | None = None) -> None:
+    """Raise unless the parts of a depth stream fit together."""
     for name, tensor, dims in (
         ("buffer", buffer, "(slots, B, T, H, D + DV)"),
         ("token", token, "(written, B, T, H, D + DV)"),
@@ -318,6 +324,17 @@ def check_stream(buffer: Tensor, token: Tensor) -> None:
         raise ValueError(f"token must be on buffer's device {buffer.device}, got {token.device}")
     if not buffer.is_contiguous():
         raise ValueError(f"buffer must be contiguous, got strides {tuple(buffer.stride())}")
+    if places is not None:
+        if len(places) != token.shape[0]:
+            raise ValueError(
+                "places must have an entry for each of the token's "
+                f"{token.shape[0]} rows, got {len(places)}"
+            )
+        for place in places:
+            if place >= buffer.shape[0]:
+                raise ValueError(
+                    f"places must be below the buffer's {buffer.shape[0]} slots, got {place}"
+                )
 
 
 def slots_left(written: int, places: Sequence[int] | None) -> int:
@@ -335,10 +352,18 @@ def check_stream_write(
     if slot < 0:
         raise ValueError(f"slot must be at least 0, got {slot}")
     if slot >= slots:
-        raise ValueError(f"the depth stream is too short: all of its {slots} slots are written")
+        raise ValueError(
+            f"the depth stream is too short: all of its {slots} slots are written; allocate it "
+            "with as many slots= as the forward pass writes"
+        )
     for name, tensor, dims in (("k", k, "(B, T, H, D)"), ("v", v, "(B, T, H, DV)")):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
+        if tensor.shape[:3] != (B, T, H):
+            raise ValueError(
+                f"{name} must have shape {dims} with B = {B}, T = {T} and H = {H}, as the depth "
+                f"stream was allocated (batch, tokens, kv_heads), got {_shape(tensor)}"
+            )
         shape = (B, T, H, tensor.shape[-1])
         check_like(name, tensor, shape, dims, buffer.dtype, buffer.device, "the depth stream")
     if k.shape[-1] + v.shape[-1] != E:
@@ -361,18 +386,7 @@ def check_stream_attention(
     options: "Options",
 ) -> None:
     """Raise unless the arguments of ``moda::stream_attention`` fit together."""
-    check_stream(buffer, token)
-    if places is not None:
-        if len(places) != token.shape[0]:
-            raise ValueError(
-                "places must have an entry for each of the token's "
-                f"{token.shape[0]} rows, got {len(places)}"
-            )
-        for place in places:
-            if place >= buffer.shape[0]:
-                raise ValueError(
-                    f"places must be below the buffer's {buffer.shape[0]} slots, got {place}"
-                )
+    check_stream(buffer, token, places)
     _, B, T, H, E = buffer.shape
     check_both("k", k, "v", v)
     check_both("cu_seqlens_q", cu_seqlens_q, "cu_seqlens_k", cu_seqlens_k)
@@ -386,9 +400,7 @@ def check_stream_attention(
             "values first, or give k and v"
         )
     if k is None and token.shape[0] == 0:
-        raise ValueError(
-            "the depth stream is empty: write this layer's keys and values first, or give k and v"
-        )
+        raise ValueError(EMPTY_STREAM)
     if q.dim() != 4:
         raise ValueError(f"q must have shape (B, T, HQ, D), got {_shape(q)}")
     if q.shape[-1] >= E:
@@ -398,6 +410,11 @@ def check_stream_attention(
     if k is None or v is None:
         slot = buffer[0] if buffer.shape[0] else buffer.new_empty(buffer.shape[1:])
         k, v = slot[..., : q.shape[-1]], slot[..., q.shape[-1] :]
+    if q.shape[:2] != (B, T):
+        raise ValueError(
+            f"q must have shape (B, T, HQ, D) with B = {B} and T = {T}, as the depth stream was "
+            f"allocated (batch, tokens), got {_shape(q)}"
+        )
     check_like(
         "q",
         q,

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from moda_ops import stream_ops
 from moda_ops.attention import (
     Window,
     check_bool,
@@ -17,7 +20,8 @@ from moda_ops.attention import (
     moda_attention,
     window_sides,
 )
-from moda_ops.checks import Plan, slots_left
+from moda_ops.checkpointing import REENTRANT, in_reentrant_forward
+from moda_ops.checks import EMPTY_STREAM, Plan, slots_left
 from moda_ops.depth_attention import moda_depth_attention
 from moda_ops.names import knows_other_names
 from moda_ops.varlen import moda_attention_varlen
@@ -74,6 +78,7 @@ class DepthStream(NamedTuple):
         head_dim: int,
         value_dim: int | None = None,
         *,
+        like: Tensor | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         grad_dtype: torch.dtype | None = None,
@@ -87,15 +92,17 @@ class DepthStream(NamedTuple):
             kv_heads: H.
             head_dim: D, of keys.
             value_dim: DV, of values; default D.
+            like: the layers' input, or any tensor in the dtype and on the device of what they
+                compute. Autocast is taken into account: where it is enabled, the dtype is its own.
             dtype: of keys and values; default: autocast's if it is enabled for the device, else
-                PyTorch's default dtype.
-            device: default: PyTorch's default device.
+                that of ``like``, else PyTorch's default dtype.
+            device: default: that of ``like``, else PyTorch's default device.
             grad_dtype: of the running gradient; default ``dtype``. ``torch.float32`` beside a
                 16-bit ``dtype`` rounds once in all and not once per reading layer, and doubles the
                 traffic of gradients.
 
         Raises:
-            TypeError: a dtype that is no floating-point dtype.
+            TypeError: a dtype that is no floating-point dtype, or ``like`` is no tensor.
             ValueError: a size below 0 (``slots``, ``batch``, ``tokens``) or below 1.
         """
         value_dim = head_dim if value_dim is None else value_dim
@@ -108,10 +115,12 @@ class DepthStream(NamedTuple):
             ("value_dim", value_dim, 1),
         ):
             check_int(name, size, least)
+        if like is not None:
+            check_tensors(like=like)
+            device = like.device if device is None else device
         device = torch.empty(0, device=device).device  # None is PyTorch's default device
         if dtype is None:
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else torch.get_default_dtype()
+            dtype = _dtype_of_layers(device, like)
         grad_dtype = dtype if grad_dtype is None else grad_dtype
         for name, given in (("dtype", dtype), ("grad_dtype", grad_dtype)):
             if not isinstance(given, torch.dtype) or not given.is_floating_point:
@@ -121,6 +130,16 @@ class DepthStream(NamedTuple):
         unique = torch.empty(0, dtype=dtype, device=device)
         buffer = torch.ops.moda.stream_buffer(unique, (slots, *shape))
         return cls(buffer, torch.empty((0, *shape), dtype=grad_dtype, device=device), head_dim)
+
+    def __repr__(self) -> str:
+        if not isinstance(self.buffer, Tensor):  # what a tool puts in a tensor's place
+            return f"DepthStream{tuple(self)}"
+        _, B, T, H, _ = self.buffer.shape
+        return (
+            f"DepthStream(written={self.written}, slots={self.slots}, batch={B}, tokens={T}, "
+            f"kv_heads={H}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
+            f"dtype={self.buffer.dtype}, device='{self.buffer.device}')"
+        )
 
     @property
     def slots(self) -> int:
@@ -189,6 +208,10 @@ class DepthStream(NamedTuple):
         """
         check_tensors(k=k, v=v)
         self._check_head_dim("k", k)
+        if self._cuts_gradients():
+            # The slot has no gradient, but those before it have: the token must go on.
+            with torch.inference_mode(False), torch.enable_grad():
+                return self.write(k.detach(), v.detach())
         if self.places is None:
             token = torch.ops.moda.stream_write(k, v, self.buffer, self.token)
             return DepthStream(self.buffer, token, self.head_dim)
@@ -196,14 +219,19 @@ class DepthStream(NamedTuple):
         token = torch.ops.moda.stream_write(k, v, self.buffer, self.token, end)
         return DepthStream(self.buffer, token, self.head_dim, (*self.places, end + 1))
 
+    def _cuts_gradients(self) -> bool:
+        """Whether the slots need gradients and the mode here is one that would drop them."""
+        if torch.is_grad_enabled() or not self.token.requires_grad:
+            return False
+        if not torch.compiler.is_compiling() and in_reentrant_forward():
+            raise RuntimeError(REENTRANT)
+        return True
+
     def read(self) -> Tensor:
-        """A copy of the written slots, (written, B, T, H, D + DV), keys and values side by side.
+        """A copy of the slots, (written, B, T, H, D + DV), keys and values side by side.
 
         Differentiable: a gradient of the copy is one of the slots, so that another process may go
         on with it.
-
-        Raises:
-            ValueError: slots have been dropped.
 
         Example:
             >>> stream = DepthStream.allocate(slots=2, batch=1, tokens=3, kv_heads=1, head_dim=4)
@@ -211,9 +239,33 @@ class DepthStream(NamedTuple):
             >>> torch.equal(stream.write(k, v).read()[0], torch.cat((k, v), -1))
             True
         """
-        if self.places is not None:
-            raise ValueError("a stream that has dropped slots cannot be read as a whole")
-        return torch.ops.moda.stream_read(self.buffer, self.token)
+        places = None if self.places is None else self.places[:-1]
+        return torch.ops.moda.stream_read(self.buffer, self.token, places)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "DepthStream":
+        """The stream on another device, to go on with there; itself if it is there already.
+
+        The slots that are there are copied into a new buffer, with as much room for others, and
+        their gradients come back. Moving ``buffer`` and ``token`` by hand does not work: nobody
+        would know which slots of the copy are written, so operators refuse it.
+
+        Example:
+            >>> stream = DepthStream.allocate(slots=2, batch=1, tokens=3, kv_heads=1, head_dim=4)
+            >>> stream.to("cpu") is stream
+            True
+        """
+        here = torch.empty(0, device=device).device == self.buffer.device
+        return self if here else self._copied(device, non_blocking)
+
+    def _copied(self, device: torch.device | str, non_blocking: bool = False) -> "DepthStream":
+        _, B, T, H, _ = self.buffer.shape
+        sizes = self.slots, B, T, H, self.head_dim, self.value_dim
+        copied = DepthStream.allocate(
+            *sizes, dtype=self.buffer.dtype, grad_dtype=self.token.dtype, device=device
+        )
+        for slot in self.read().to(device, non_blocking=non_blocking):
+            copied = copied.write(slot[..., : self.head_dim], slot[..., self.head_dim :])
+        return copied
 
     @knows_other_names
     def attend(
@@ -288,15 +340,27 @@ class DepthStream(NamedTuple):
             softcap=softcap,
             plan=plan,
         )
+        if self._cuts_gradients():
+            return out, lse, self
         places = self.places
         if places is not None:
             places = *(place for place in places[:-1] if place >= 0), places[-1]
         return out, lse, DepthStream(self.buffer, token, self.head_dim, places)
 
     def keys(self) -> list[Tensor]:
-        """The keys (B, T, H, D) of every slot that is there: views, without gradient."""
-        places = range(self.written) if self.places is None else self.places[:-1]
-        return [self.buffer[place][..., : self.head_dim] for place in places if place >= 0]
+        """The keys (B, T, H, D) of every slot that is there, without gradient.
+
+        They are views of the buffer. In a compiled function they are views of one copy: a compiler
+        does not see who writes to the buffer, and might read it too early.
+        """
+        places = None if self.places is None else self.places[:-1]
+        seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if seen or type(self.buffer) is not Tensor:
+            copy = torch.ops.moda.stream_read(self.buffer, self.token.detach(), places)
+            return [copy[i][..., : self.head_dim] for i in range(self.written)]
+        there = [i for i in (places or range(self.written)) if i >= 0]
+        stream_ops.check_written(self.buffer, there)
+        return [self.buffer[i][..., : self.head_dim] for i in there]
 
     @property
     def value_dim(self) -> int:
@@ -351,6 +415,10 @@ class DepthStream(NamedTuple):
         return self.attend(q, k, v, causal=False, scale=scale, softcap=softcap)
 
 
+_without_gradient = WeakTensorKeyDictionary()
+"""The keys that a reentrant checkpoint wrote to a DepthSlots in its pass without gradients."""
+
+
 class DepthSlots(NamedTuple):
     """The same stream as a list: every slot is the tensor that its layer made, nothing is copied.
 
@@ -375,6 +443,15 @@ class DepthSlots(NamedTuple):
     k: tuple[Tensor, ...] = ()
     v: tuple[Tensor, ...] = ()
 
+    def __repr__(self) -> str:
+        if not self.k:
+            return "DepthSlots(written=0)"
+        if not isinstance(self.k[-1], Tensor):
+            return f"DepthSlots{tuple(self)}"
+        k, v = (f"{name}={tuple(x.shape)}" for name, x in (("k", self.k[-1]), ("v", self.v[-1])))
+        x = self.k[-1]
+        return f"DepthSlots(written={self.written}, {k}, {v}, dtype={x.dtype}, device='{x.device}')"
+
     @property
     def written(self) -> int:
         """How many slots are written."""
@@ -383,7 +460,18 @@ class DepthSlots(NamedTuple):
     def write(self, k: Tensor, v: Tensor) -> "DepthSlots":
         """The stream with one more slot: k (B, T, H, D) and v (B, T, H, DV)."""
         check_tensors(k=k, v=v)
+        self._check_reentrant()
+        eager = not torch.compiler.is_compiling()
+        if eager and not torch.is_grad_enabled() and in_reentrant_forward():
+            _without_gradient[k] = True
         return DepthSlots((*self.k, k), (*self.v, v))
+
+    def _check_reentrant(self) -> None:
+        """Raise RuntimeError where a slot should have a gradient that a checkpoint has dropped."""
+        if torch.compiler.is_compiling() or not (_without_gradient and torch.is_grad_enabled()):
+            return
+        if any(k in _without_gradient and not k.requires_grad for k in self.k):
+            raise RuntimeError(REENTRANT)
 
     def keep(self, slots: Sequence[int]) -> "DepthSlots":
         """The stream without all other slots; see :meth:`DepthStream.keep`.
@@ -424,13 +512,11 @@ class DepthSlots(NamedTuple):
         **options: Any,
     ) -> "tuple[Tensor, Tensor, DepthSlots]":
         """:meth:`attend`, and ``lse`` (B, HQ, T) before the stream."""
+        self._check_reentrant()
         k_depth, v_depth = list(self.k), list(self.v)
         if k is None or v is None:
             if not self.k:
-                raise ValueError(
-                    "the depth stream is empty: write this layer's keys and values first, or give "
-                    "k and v"
-                )
+                raise ValueError(EMPTY_STREAM)
             k, v = k_depth.pop(), v_depth.pop()
         packed = _cu_seqlens(cu_seqlens)
         if not packed:
@@ -466,8 +552,14 @@ class DepthSlots(NamedTuple):
         self, q: Tensor, *, scale: float | None = None, softcap: float | None = None
     ) -> "tuple[Tensor, DepthSlots]":
         """``out`` (B, T, HQ, DV) of depth alone; see :meth:`DepthStream.attend_depth`."""
+        self._check_reentrant()
         k, v = list(self.k), list(self.v)
         return moda_depth_attention(q, k, v, scale=scale, softcap=softcap), self
+
+
+for _stream in (DepthStream, DepthSlots):  # for torch.export.save and load
+    _register_namedtuple(_stream, serialized_type_name=f"moda_ops.{_stream.__name__}")
+    torch.serialization.add_safe_globals([_stream])
 
 
 def check_kept(slots: object, written: int) -> None:
@@ -481,6 +573,14 @@ def check_kept(slots: object, written: int) -> None:
     for slot in slots:
         if not 0 <= slot < written:
             raise ValueError(f"slots must be among the {written} that are written, got {slot}")
+
+
+def _dtype_of_layers(device: torch.device, like: Tensor | None) -> torch.dtype:
+    """The dtype of what a layer makes of a tensor like this one, under autocast or without."""
+    dtype = torch.get_default_dtype() if like is None else like.dtype
+    if torch.is_autocast_enabled(device.type) and (like is None or dtype is not torch.float64):
+        return torch.get_autocast_dtype(device.type)  # which leaves float64 alone
+    return dtype
 
 
 def _cu_seqlens(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | tuple[()]:

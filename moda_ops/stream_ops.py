@@ -15,13 +15,15 @@ that reader begins a dropped slot's gradient, with zeros, to which those before 
 declared as a mutation, every layer's buffer would be a value of its own that backward has to save.
 What makes this sound: a slot is written once, before any reader of it, which descends from the
 write's token; nobody reads a slot that the token in hand does not cover; and writing again the same
-values, as activation checkpointing does, changes nothing. ``_claim`` and ``_check_written`` hold
+values, as activation checkpointing does, changes nothing. ``_claim`` and ``check_written`` hold
 every real call to it.
 """
 
+import os
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from moda_ops import ops
 from moda_ops.autograd import no_derivative, register_autograd
+from moda_ops.checkpointing import REENTRANT, in_reentrant_forward, recomputation
 from moda_ops.checks import (
     check_backward,
     check_like,
@@ -49,7 +52,7 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
-    "stream_read(Tensor buffer, Tensor token) -> Tensor slots",
+    "stream_read(Tensor buffer, Tensor token, SymInt[]? places=None) -> Tensor slots",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
@@ -66,17 +69,33 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-_written: dict[int, tuple[StorageWeakRef, int]] = {}
-"""Which slots are written, one bit each, of every living buffer, by its address."""
+
+class _Record:
+    """What is known of one buffer: which slots are written, one bit each, and who allocated it."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.storage = StorageWeakRef(buffer.untyped_storage())
+        self.written = 0
+        self.backward = torch._C._current_graph_task_id()  # -1 outside of any
+        self.inside_reentrant = not torch.is_grad_enabled() and in_reentrant_forward()
+
+
+_records: dict[int, _Record] = {}
+"""The record of every living buffer, by the address of its storage's control block.
+
+A record's weak reference keeps the control block, so no other storage gets the same address.
+"""
+_lock = threading.RLock()  # of a record's bits; reentrant, for the garbage collector may run code
+_DEBUG = os.environ.get("MODA_DEBUG") == "1"
 
 
 def _buffer(unique: Tensor, shape: Sequence[int]) -> Tensor:
     buffer = unique.new_empty(shape)
-    for address, (storage, _) in list(_written.items()):  # a list: other threads add to it
-        if storage.expired():
-            _written.pop(address, None)
-    if buffer.numel():  # all empty ones have the same address
-        _written[buffer.data_ptr()] = StorageWeakRef(buffer.untyped_storage()), 0
+    for key, record in list(_records.items()):  # which keeps the records, so their keys stay theirs
+        if record.storage.expired():
+            _records.pop(key, None)
+    record = _Record(buffer)
+    _records[record.storage.cdata] = record
     return buffer
 
 
@@ -84,40 +103,91 @@ def _buffer_fake(unique: Tensor, shape: Sequence[int]) -> Tensor:
     return unique.new_empty(shape)
 
 
-def _slots_written(buffer: Tensor) -> int | None:
-    """One bit per slot; None if this is not a stream's own memory, but a copy or a plain tensor."""
-    storage, written = _written.get(buffer.data_ptr(), (None, 0))
-    return None if storage is None or storage.expired() else written
+def _record(buffer: Tensor) -> _Record | None:
+    """None if this is not a stream's own memory, but a copy or a plain tensor."""
+    record = _records.get(buffer.untyped_storage()._cdata)
+    return None if buffer.storage_offset() else record
 
 
-def _claim(buffer: Tensor, slot: int) -> None:
-    """Raise RuntimeError unless this slot may be written: once, or again in a recomputation."""
-    written = _slots_written(buffer)
-    if written is None:
-        if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+def _capturing(buffer: Tensor) -> bool:
+    return buffer.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _check_reentrant(record: _Record) -> None:
+    """Raise RuntimeError if the stream has left the reentrant checkpoint that allocated it."""
+    if record.inside_reentrant and not in_reentrant_forward():
+        raise RuntimeError(REENTRANT)
+
+
+def _refuse_copy() -> NoReturn:
+    raise RuntimeError(
+        "this is a copy of a depth stream (cloned, moved, unpickled, or what a CUDA graph "
+        "returned), and nobody knows which of its slots are written: go on with the stream itself, "
+        "or move it with stream.to(device)"
+    )
+
+
+def _claim(buffer: Tensor, slot: int) -> bool:
+    """Whether this slot is written again, by a recomputation; RuntimeError if it may not be."""
+    record = _record(buffer)
+    if record is None:
+        if _capturing(buffer):
             raise RuntimeError(
                 "a CUDA graph that is being captured would write to a copy of the depth stream; "
                 "allocate the DepthStream inside the captured function"
             )
+        if recomputation() in ("checkpoint", "compiled"):
+            return False  # a hook has brought it back from the CPU: only this block reads it
+        _refuse_copy()
+    _check_reentrant(record)
+    with _lock:
+        again, count = bool(record.written >> slot & 1), record.written.bit_count()
+        record.written |= 1 << slot
+    if again or torch._C._current_graph_task_id() != record.backward:
+        kind = recomputation()
+        if kind == "reentrant":
+            raise RuntimeError(REENTRANT)
+        if again and kind is None:
+            raise RuntimeError(
+                f"slot {slot} of the depth stream is written twice ({count} are written): a stream "
+                "value can be continued once; allocate a new DepthStream for every forward pass"
+            )
+    return again
+
+
+def check_written(buffer: Tensor, places: Sequence[int], *, forward: bool = True) -> None:
+    """Raise RuntimeError if one of these slots holds nothing, as far as it is known.
+
+    Two kinds of copies are read: what a hook has moved to the CPU and back, in backward, and what a
+    CUDA graph makes of its inputs.
+    """
+    record = _record(buffer)
+    if record is None:
+        in_backward = torch._C._current_graph_task_id() != -1 or recomputation() is not None
+        if forward and not in_backward and not _capturing(buffer):
+            _refuse_copy()
         return
-    recomputing = torch._C._current_graph_task_id() != -1  # checkpointing, within backward
-    if written >> slot & 1 and not recomputing:
+    if forward:
+        _check_reentrant(record)
+    if not all(record.written >> place & 1 for place in places):
         raise RuntimeError(
-            f"slot {slot} of the depth stream is written twice ({written.bit_count()} are written):"
-            " a stream value can be continued once; allocate a new DepthStream for every forward "
-            "pass"
+            f"the depth stream's buffer has only {record.written.bit_count()} of the "
+            f"{len(places)} slots that are read from it: a compiler has moved or recomputed its "
+            "allocation; allocate the DepthStream outside of the compiled function"
         )
-    _written[buffer.data_ptr()] = _written[buffer.data_ptr()][0], written | 1 << slot
 
 
-def _check_written(buffer: Tensor, places: Sequence[int]) -> None:
-    """Raise RuntimeError if one of these slots holds nothing."""
-    written = _slots_written(buffer)
-    if written is not None and not all(written >> place & 1 for place in places):
+def _check_same(slot: int, first: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise RuntimeError unless a recomputation gives the values that this slot holds."""
+    again = torch.cat([k, v], -1)
+    if not torch.equal(first.isnan(), again.isnan()) or not torch.equal(
+        first.nan_to_num(), again.nan_to_num()
+    ):
+        difference = (first.double() - again.double()).abs().max().item()
         raise RuntimeError(
-            f"the depth stream's buffer has only {written.bit_count()} of the {len(places)} slots "
-            "that are read from it: a compiler has moved or recomputed its allocation; allocate "
-            "the DepthStream outside of the compiled function"
+            f"slot {slot} of the depth stream is recomputed with other values: the greatest "
+            f"difference is {difference:.3g}. A checkpointed block must compute the same again; "
+            "look for dropout, autocast or state that differs between forward and backward"
         )
 
 
@@ -127,8 +197,8 @@ def _token(token: Tensor, slots: int) -> Tensor:
 
 def _write(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor, slot: int | None = None) -> Tensor:
     slot = check_stream_write(k, v, buffer, token, slot)
-    if buffer.numel():
-        _claim(buffer, slot)
+    if _claim(buffer, slot) and _DEBUG:
+        _check_same(slot, buffer[slot], k, v)
     torch.cat([k, v], -1, out=buffer.data[slot])
     return _token(token, token.shape[0] + 1)
 
@@ -155,25 +225,40 @@ def _write_backward(ctx: Any, dtoken: Tensor | None) -> tuple[Tensor | None, ...
     return dk, dv, None, dtoken[:-1], None
 
 
-def _read(buffer: Tensor, token: Tensor) -> Tensor:
-    check_stream(buffer, token)
-    _check_written(buffer, range(token.shape[0]))
-    return buffer[: token.shape[0]].clone()
+def _read(buffer: Tensor, token: Tensor, places: Sequence[int] | None = None) -> Tensor:
+    check_stream(buffer, token, places)
+    there = _Kept.of(token.shape[0], places).places
+    check_written(buffer, there)
+    if places is None or not there:
+        return buffer[: len(there)].clone()
+    return torch.stack([buffer[place] for place in there])
 
 
-def _read_fake(buffer: Tensor, token: Tensor) -> Tensor:
-    check_stream(buffer, token)
-    return buffer.new_empty(token.shape)
+def _read_fake(buffer: Tensor, token: Tensor, places: Sequence[int] | None = None) -> Tensor:
+    check_stream(buffer, token, places)
+    return buffer.new_empty(slots_left(token.shape[0], places), *token.shape[1:])
 
 
 def _read_setup_context(
-    ctx: Any, inputs: tuple[Tensor, Tensor], options: dict[str, Any], output: Tensor
+    ctx: Any, inputs: list[Any], options: dict[str, Any], output: Tensor
 ) -> None:
-    ctx.grad_dtype = inputs[1].dtype
+    _, token, ctx.places = inputs
+    ctx.slots, ctx.grad_dtype = token.shape[0], token.dtype
 
 
-def _read_backward(ctx: Any, dslots: Tensor) -> tuple[None, Tensor]:
-    return None, dslots.to(ctx.grad_dtype)
+def _read_backward(ctx: Any, dslots: Tensor) -> tuple[None, Tensor, None]:
+    return None, _with_dropped(dslots.to(ctx.grad_dtype), ctx.slots, ctx.places), None
+
+
+def _with_dropped(grads: Tensor, slots: int, places: Sequence[int] | None) -> Tensor:
+    """Gradients of the slots that are there, with zeros for those that have been dropped."""
+    kept = _Kept.of(slots, places)
+    if len(kept.rows) == slots:
+        return grads
+    every = grads.new_zeros(slots, *grads.shape[1:])
+    for row, grad in zip(kept.rows, grads, strict=True):
+        every[row] = grad
+    return every
 
 
 class _Kept(NamedTuple):
@@ -243,7 +328,7 @@ def _attention(
     opts, cu_seqlens = Options(**options), (cu_seqlens_q, cu_seqlens_k)
     check_stream_attention(q, k, v, buffer, token, *cu_seqlens, places, opts)
     kept, D = _Kept.of(token.shape[0], places), q.shape[-1]
-    _check_written(buffer, kept.places)
+    check_written(buffer, kept.places)
     k, v, L = _sequence(k, v, buffer, kept.places, D)
     depth = kept.depth(L)
     out, lse = ops.implementation(q).attention(
@@ -293,12 +378,8 @@ def _attention_backward_formula(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, dtoken: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
-        kept = _Kept.of(ctx.slots, ctx.places)
-        if dtoken is not None and len(kept.rows) < ctx.slots:
-            handed = dtoken
-            dtoken = handed.new_zeros(ctx.slots, *handed.shape[1:])
-            for row, grad in zip(kept.rows, handed, strict=True):
-                dtoken[row] = grad
+        if dtoken is not None:
+            dtoken = _with_dropped(dtoken, ctx.slots, ctx.places)
         return None, None, None, None, dtoken, None, None, None
     q, k, v, buffer, out, lse, *cu_seqlens = ctx.saved_tensors
     dq, dk_dv, dtoken = torch.ops.moda.stream_attention_backward(
@@ -344,7 +425,7 @@ def _attention_backward(
         dout, dlse, dtoken, q, k, v, buffer, out, lse, slots, grad_dtype, *cu_seqlens, places, opts
     )
     kept, D = _Kept.of(slots, places), q.shape[-1]
-    _check_written(buffer, kept.places)
+    check_written(buffer, kept.places, forward=False)
     if dtoken is not None and dtoken.stride(-1) != 1:
         dtoken = dtoken.contiguous()
     dout = torch.zeros_like(out) if dout is None else dout

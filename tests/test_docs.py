@@ -61,6 +61,48 @@ def test_session(page):
     assert results.attempted > 0 and results.failed == 0
 
 
+def test_the_stream_of_the_model_page_is_in_the_dtype_of_autocast(monkeypatch):
+    page, seen = {"__name__": "model"}, set()
+    exec("\n".join(SECTIONS["model: The same with depth"]), page)
+    attend = moda_ops.DepthStream.attend
+    monkeypatch.setattr(
+        moda_ops.DepthStream,
+        "attend",
+        lambda stream, q: (seen.add(stream.buffer.dtype), attend(stream, q))[1],
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        page["model"](page["x"])
+    assert seen == {torch.bfloat16}
+
+
+def test_offloading_as_the_memory_page_advises_copies_no_slots():
+    page = {"__name__": "memory"}
+    exec("\n".join(SECTIONS["memory: # The memory law"]), page)
+
+    def copied(layers, offload):
+        stream = moda_ops.DepthStream.allocate(layers, 1, 16, 2, 8, like=page["x"])
+        hooks, sizes = offload(stream), []
+        pack = hooks.pack_hook
+        hooks.pack_hook = lambda x: (sizes.append(x.nbytes * (pack(x) is not x)), pack(x))[1]
+        with hooks:
+            page["model"](page["x"], stream, layers)
+        return sum(sizes)
+
+    def growth(offload):
+        few, more, most = (copied(layers, offload) for layers in (4, 8, 12))
+        return (most - more) - (more - few)
+
+    assert growth(page["offload_all_but"]) == 0  # the same for every four layers
+    assert growth(lambda _: torch.autograd.graph.save_on_cpu()) > 0
+
+
+def test_no_page_allocates_a_stream_in_the_dtype_of_an_input():
+    """Under autocast that is float32, and attention would be too."""
+    tutorials = (DOCS.parent / "tutorials").glob("*.ipynb")
+    for text in (*PAGES.values(), *(tutorial.read_text() for tutorial in tutorials)):
+        assert not re.search(r"DepthStream\.allocate\([^)]*dtype=x\.dtype", text)
+
+
 def test_every_page_is_in_the_contents():
     contents = set(re.findall(r"^(?:[^<\n]*<)?(\w+)>?$", PAGES["index"], re.MULTILINE))
     assert set(PAGES) - {"index"} <= contents

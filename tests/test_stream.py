@@ -1,8 +1,11 @@
 """DepthStream: the values and gradients of a list of slots, however layers use it."""
 
+import io
+
 import pytest
 import torch
 from torch._functorch import config as functorch_config
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from moda_ops import DepthSlots, DepthStream, stream_ops
@@ -156,6 +159,8 @@ def test_opcheck(device, monkeypatch):
         return token.new_empty_strided((slots, *token.shape[1:]), (0,) * 5).fill_(0)
 
     monkeypatch.setattr(stream_ops, "_token", zeros)
+    for guard in ("_claim", "check_written"):  # opcheck copies what it gets
+        monkeypatch.setattr(stream_ops, guard, lambda *args, **kwargs: False)
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -169,7 +174,8 @@ def test_opcheck(device, monkeypatch):
         leaves = [x.clone().requires_grad_(grad) for x in (q, k, v)]
         token = zeros(buffer, 2).requires_grad_(grad)
         torch.library.opcheck(moda.stream_write.default, (*leaves[1:], buffer, token))
-        torch.library.opcheck(moda.stream_read.default, (buffer, token))
+        for places in (None, (3, -1)):
+            torch.library.opcheck(moda.stream_read.default, (buffer, token, places))
         for keys in (leaves[1:], (None, None)):
             args = (leaves[0], *keys, buffer, token)
             torch.library.opcheck(moda.stream_attention.default, args, dict(softcap=2.0))
@@ -254,8 +260,8 @@ def test_two_streams_in_one_graph_stay_two():
         first, stream = layer(x, stream)
         other, others = layer(x, allocate(4))
         left, _ = layer(first, stream, 1)
-        right, _ = layer(2 * other, others, 1)
-        return torch.cat([left, right])
+        right, last = layer(2 * other, others, 1)
+        return torch.cat([left, right]) + last.keys()[1].sum()
 
     @torch.compile(fullgraph=True, backend="inductor")
     def compiled(x):
@@ -366,6 +372,86 @@ def test_autocast_decides_the_dtype(inside):
     assert stream.buffer.dtype is stream.token.dtype is expected
 
 
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_allocated_like_a_tensor(dtype, inside):
+    """As the pages advise: what a layer's keys are, under autocast and without."""
+    x, layer = torch.zeros(B, T, H * D, dtype=dtype), torch.nn.Linear(H * D, H * D, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        stream = DepthStream.allocate(2, B, T, H, D, like=x)
+        k = layer(x).view(B, T, H, D)
+        stream.write(k, k).attend(k)
+    assert stream.buffer.dtype is k.dtype
+    other = DepthStream.allocate(2, B, T, H, D, like=x, dtype=torch.float32, device="meta")
+    assert other.buffer.dtype is torch.float32 and other.buffer.is_meta
+
+
+# A part of the model without gradients
+
+
+def mixed(x, stream, without, mode=torch.no_grad, block=layer):
+    """Blocks of which one runs without gradients; its output is an input like others."""
+    for i in range(4):
+        if i == without:
+            with mode():
+                y, stream = block(x, stream, i)
+            x = x + y.clone()
+        else:
+            x, stream = block(x, stream, i)
+    return x
+
+
+def bounded_layer(x, stream, i):
+    return layer(x, stream.keep(range(stream.written)[-2:]), i)
+
+
+def depth_alone_layer(x, stream, i):
+    q, k, v = parts(x, i)
+    near, stream = stream.attend_sequence(q, k, v)
+    deep, stream = stream.write(k, v).attend_depth(q)
+    return x + widen(near) + widen(deep), stream
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("block", [layer, bounded_layer, depth_alone_layer])
+@pytest.mark.parametrize("without", range(4))
+def test_a_block_without_gradients_leaves_those_of_others(without, block, mode):
+    x = random_input()
+    expected = results(lambda x, stream: mixed(x, stream, without, block=block), DepthSlots(), x)
+    actual = results(lambda x, stream: mixed(x, stream, without, mode, block), allocate(4), x)
+    assert_same(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_block_without_gradients_leaves_those_of_others(whole):
+    torch._dynamo.reset()
+    x = random_input()
+    block = layer if whole else torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+    def run(x, stream):
+        return mixed(x, stream, 2, block=block)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager") if whole else run
+    expected = results(lambda x, stream: mixed(x, stream, 2), DepthSlots(), x)
+    assert_same(results(compiled, allocate(4), x), expected)
+
+
+def test_frozen_layers_leave_the_gradients_of_others():
+    """Keys that need none, between slots that do."""
+    x = random_input()
+
+    def run(x, stream):
+        for i in range(4):
+            q, k, v = parts(x, i)
+            k, v = (k.detach(), v.detach()) if i == 2 else (k, v)
+            out, stream = stream.write(k, v).attend(q)
+            x = x + widen(out)
+        return x
+
+    assert_same(results(run, allocate(4), x), results(run, DepthSlots(), x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_float32_gradients_of_16_bit_slots(dtype):
     """One rounding at a slot's end, not one per reader."""
@@ -397,11 +483,11 @@ def many_readers(x, stream):
 
 def test_nothing_is_kept_for_a_stream_that_is_gone():
     allocate(1)  # forgets the ones that are gone
-    before = len(stream_ops._written)
+    before = len(stream_ops._records)
     for _ in range(3):
         model(random_input(), allocate(4))
     allocate(1)
-    assert len(stream_ops._written) <= before
+    assert len(stream_ops._records) <= before
 
 
 def test_no_version_of_the_buffer_is_spent():
@@ -411,11 +497,140 @@ def test_no_version_of_the_buffer_is_spent():
     assert stream.buffer._version == version
 
 
+def test_compiled_reads_wait_for_writes():
+    """A compiler sees neither the writes nor, without an operator, that a read comes after them."""
+    torch._dynamo.reset()
+    x = random_input()
+
+    def run(x, stream):
+        for i in range(3):
+            _, k, v = parts(x, i)
+            stream = stream.write(k, v)
+        whole = stream.read() + 0
+        q, k, v = parts(x, 3)
+        _, stream = stream.keep((0, 2)).attend(q, k, v)
+        kept = stream.write(k, v)
+        return [whole, *(kept.keys()[i] + 0 for i in range(3)), kept.read()]
+
+    stream = allocate(4)
+    stream.buffer.fill_(7.0)
+    actual = torch.compile(run, fullgraph=True, backend="aot_eager")(x, stream)
+    expected = run(x, allocate(4))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-14, atol=0)
+
+
+def test_keys_copy_nothing_in_eager_mode():
+    stream = model_of(2)
+    first, second = (key.untyped_storage().data_ptr() for key in stream.keys())  # noqa: SIM118
+    assert first == second == stream.buffer.untyped_storage().data_ptr()
+    assert all(map(torch.equal, stream.keys(), [slot[..., :D] for slot in stream.read()]))
+
+
+def model_of(slots):
+    stream = allocate(slots)
+    for i in range(slots):
+        stream = stream.write(*parts(random_input().detach(), i)[1:])
+    return stream
+
+
+def test_keys_under_a_transform():
+    def loss(x):
+        stream = allocate(1).write(x[:, :, :H], x[:, :, :H, :DV])
+        return (stream.keys()[0] * x[:, :, :H]).sum()  # the keys have no gradient
+
+    x = random_input().detach()
+    expected = torch.cat([x[:, :, :H], torch.zeros_like(x[:, :, :H])], 2)
+    assert torch.equal(torch.func.grad(loss)(x), expected)
+
+
+def test_read_of_kept_slots_has_gradients():
+    x = random_input()
+
+    def run(x, stream):
+        x, stream = layer(x, stream)
+        x, stream = layer(x, stream, 1)
+        return stream.write(*parts(x, 2)[1:]).keep((0, 2)).read()
+
+    def by_hand(x, stream):
+        x, stream = layer(x, stream)
+        x, stream = layer(x, stream, 1)
+        k, v = stream.write(*parts(x, 2)[1:]).keep((0, 2))
+        return torch.stack([torch.cat(pair, -1) for pair in zip(k, v, strict=True)])
+
+    assert_same(results(run, allocate(3), x), results(by_hand, DepthSlots(), x))
+
+
+def test_repr_shows_no_memory():
+    assert repr(model_of(1)) == (
+        "DepthStream(written=1, slots=1, batch=2, tokens=6, kv_heads=2, head_dim=8, value_dim=4, "
+        "dtype=torch.float64, device='cpu')"
+    )
+    shapes = tree_map(lambda x: "x", model_of(1)), tree_map(lambda x: "x", DepthSlots().write(K, V))
+    assert repr(shapes) == "(DepthStream('x', 'x', 'x', 'x'), DepthSlots(('x',), ('x',)))"
+    assert repr(DepthSlots()) == "DepthSlots(written=0)"
+    assert repr(DepthSlots().write(K, V)) == (
+        "DepthSlots(written=1, k=(2, 6, 2, 8), v=(2, 6, 2, 4), dtype=torch.float64, device='cpu')"
+    )
+
+
+class Block(torch.nn.Module):
+    def forward(self, x, stream):
+        return layer(x, stream, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("begin", [lambda: allocate(2), DepthSlots])
+def test_an_exported_block_is_saved_and_loaded(begin):
+    x, file = random_input().detach(), io.BytesIO()
+    _, stream = layer(x, begin())
+    with torch.no_grad():
+        torch.export.save(torch.export.export(Block(), (x, stream)), file)
+    file.seek(0)
+    out, after = torch.export.load(file).module()(x, stream)
+    _, stream = layer(x, begin())
+    assert type(after) is type(stream) and after.written == 2
+    assert torch.equal(out, layer(x, stream, 1)[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_nested_compile_region_returns_the_token():
+    """It may not return its input, the buffer."""
+    torch._dynamo.reset()
+    x = random_input()
+
+    @torch.compiler.nested_compile_region
+    def region(x, stream, i):
+        x, stream = layer(x, stream, i)
+        return x, stream.token
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(x, stream):
+        for i in range(3):
+            x, token = region(x, stream, i)
+            stream = stream._replace(token=token)
+        return x
+
+    expected = results(lambda x, stream: model(x, stream, 3), DepthSlots(), x)
+    assert_same(results(run, allocate(3), x), expected)
+
+
 def k_like(*shape, **kwargs):
     return torch.zeros(*shape, **(dict(dtype=torch.float64) | kwargs))
 
 
 K, V, Q = k_like(B, T, H, D), k_like(B, T, H, DV), k_like(B, T, HQ, D)
+EMPTY = (
+    "the depth stream is empty: write this layer's keys and values first (write returns the stream "
+    "to go on with: stream = stream.write(k, v)), or give k and v"
+)
+
+
+def forgets_what_write_returns(stream):
+    stream.write(K, V)
+    stream.attend(Q)
+
+
 MISUSES = [
     (lambda: allocate(-1), ValueError, "slots must be at least 0, got -1"),
     (lambda: allocate(2.0), TypeError, "slots must be an int, got 2.0"),
@@ -433,7 +648,8 @@ MISUSES = [
     (
         lambda: allocate(1).write(K, V).write(K, V),
         ValueError,
-        "the depth stream is too short: all of its 1 slots are written",
+        "the depth stream is too short: all of its 1 slots are written; allocate it with as many "
+        "slots= as the forward pass writes",
     ),
     (lambda: allocate(1).write(None, V), TypeError, "k must be a torch.Tensor, got NoneType"),
     (
@@ -444,7 +660,14 @@ MISUSES = [
     (
         lambda: allocate(1).write(K[:, :3], V[:, :3]),
         ValueError,
-        "k must have shape (B, T, H, D) = (2, 6, 2, 8), got (2, 3, 2, 8)",
+        "k must have shape (B, T, H, D) with B = 2, T = 6 and H = 2, as the depth stream was "
+        "allocated (batch, tokens, kv_heads), got (2, 3, 2, 8)",
+    ),
+    (
+        lambda: allocate(1).write(Q, V),
+        ValueError,
+        "k must have shape (B, T, H, D) with B = 2, T = 6 and H = 2, as the depth stream was "
+        "allocated (batch, tokens, kv_heads), got (2, 6, 4, 8)",
     ),
     (
         lambda: allocate(1).write(K, K),
@@ -469,13 +692,16 @@ MISUSES = [
     (
         lambda: allocate(1).attend(Q),
         ValueError,
-        "the depth stream is empty: write this layer's keys and values first, or give k and v",
+        EMPTY,
     ),
     (
         lambda: DepthSlots().attend(Q),
         ValueError,
-        "the depth stream is empty: write this layer's keys and values first, or give k and v",
+        EMPTY,
     ),
+    (lambda: forgets_what_write_returns(allocate(1)), ValueError, EMPTY),
+    (lambda: forgets_what_write_returns(DepthSlots()), ValueError, EMPTY),
+    (lambda: allocate(1, like=3), TypeError, "like must be a torch.Tensor, got int"),
     (lambda: allocate(1).attend("q"), TypeError, "q must be a torch.Tensor, got str"),
     (
         lambda: allocate(1).attend(Q, K),
@@ -485,7 +711,8 @@ MISUSES = [
     (
         lambda: allocate(1).write(K, V).attend(Q[:, :3]),
         ValueError,
-        "q must have shape (B, T, HQ, D) = (2, 6, 4, 8), got (2, 3, 4, 8)",
+        "q must have shape (B, T, HQ, D) with B = 2 and T = 6, as the depth stream was allocated "
+        "(batch, tokens), got (2, 3, 4, 8)",
     ),
     (
         lambda: allocate(1).write(K, V).attend(k_like(B, T, HQ, D + DV)),
