@@ -39,6 +39,7 @@ ELSEWHERE = {  # script: the test that runs it
     "docs/examples/train_parallel.py": "tests/test_distributed.py",
     "docs/examples/train_pipeline.py": "tests/test_distributed.py",
     "tests/benchmarks/parallel_step.py": "tests/test_distributed.py",
+    "tests/fuzz.py": "tests/test_fuzz.py",
     "tests/kernels/compile_for.py": "tests/kernels/test_other_gpus.py",
     "tutorials/execute.py": "tests/test_tutorials.py",
 }
