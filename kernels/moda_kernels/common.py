@@ -35,7 +35,7 @@ def base2_scores(qk, scale, softcap, dtype: tl.constexpr):
     if softcap is not None:
         return tanh(qk * (scale / softcap)) * (softcap * LOG2E), 0.0
     elif dtype == tl.float32:
-        scores = qk * (scale * LOG2E)
+        scores = tl.fma(qk, scale * LOG2E, 0.0)  # not a product, which compilers would fuse into later sums
         excess = -tl.fma(qk, scale * LOG2E, -scores)
         return scores, tl.where(tl.abs(scores) < float("inf"), excess, 0.0)
     else:
