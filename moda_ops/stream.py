@@ -109,7 +109,8 @@ class DepthStream(NamedTuple):
             check_int(name, size, least)
         device = torch.empty(0, device=device).device  # None is PyTorch's default device
         if dtype is None:
-            autocast = torch.is_autocast_enabled(device.type)
+            available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+            autocast = available and torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else torch.get_default_dtype()
         grad_dtype = dtype if grad_dtype is None else grad_dtype
         for name, given in (("dtype", dtype), ("grad_dtype", grad_dtype)):

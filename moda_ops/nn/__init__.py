@@ -33,6 +33,7 @@ from moda_ops.nn.layers import (
     RMSNorm,
     Rotary,
     Stream,
+    TokenEmbedding,
     rotary_angles,
     rotate,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "Reading",
     "Rotary",
     "Stream",
+    "TokenEmbedding",
     "VisionConfig",
     "WatchedStream",
     "attention_map",
