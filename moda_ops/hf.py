@@ -279,26 +279,6 @@ class MoDACache(Cache):
             self.kv = self.kv._replace(k=k, v=v)
 
 
-class OutputLayer(torch.nn.Module):
-    """The embedding of a model as its output layer, for code that asks for one.
-
-    Attributes:
-        weight: (vocab_size, C), the embedding's own.
-    """
-
-    def __init__(self, model: nn.MoDALanguageModel) -> None:
-        super().__init__()
-        self._model = (model,)  # not a child
-
-    @property
-    def weight(self) -> Tensor:  # noqa: D102
-        return self._model[0].embedding.weight
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Logits (..., vocab_size) of hidden (..., C)."""
-        return self._model[0].logits(hidden)
-
-
 class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
     """:class:`moda_ops.nn.MoDALanguageModel` as a transformers model.
 
@@ -368,9 +348,12 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.embedding = value
         self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
 
-    def get_output_embeddings(self) -> OutputLayer:
-        """The output layer, whose weight is the embedding's."""
-        return OutputLayer(self.model)
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        """A layer with the embedding's weight, for code that asks for one; not a module within."""
+        weight = self.model.embedding.weight
+        layer = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+        layer.weight = weight
+        return layer
 
     def set_output_embeddings(self, value: object) -> None:
         """Nothing to do for the embedding's own weight, and an error for any other."""
