@@ -17,6 +17,7 @@ PLANS = get_args(Plan)
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
+    "meta": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
 }
 
 

@@ -143,8 +143,7 @@ def test_inductor_trains_as_eager_does(kind: Kind) -> None:
 
 
 def compile_blocks(model: MoDALanguageModel) -> MoDALanguageModel:
-    for block in model.blocks:
-        block.compile(backend="aot_eager", fullgraph=True)
+    nn.compile_blocks(model, backend="aot_eager")
     return model
 
 
@@ -187,6 +186,41 @@ def test_graphs_of_compiled_blocks_do_not_grow_with_lengths() -> None:
         assert_same(results(model, DepthStream, tokens), exact, plain)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] < graphs[1] == graphs[2]
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(None, [3, 6, 6, 6, 9]), (True, [3, 3, 3, 3, 6])])
+def test_graphs_of_compiled_blocks_in_training_and_evaluation(
+    dynamic: bool | None, graphs: list[int]
+) -> None:
+    """First, middle and last block, times the second length, and times evaluation: no more."""
+    model, seen = make_model(torch.float32, layers=4), list[int]()
+    nn.compile_blocks(model, backend="aot_eager", dynamic=dynamic)
+    plain = deepcopy(model)
+    assert all(block._compiled_call_impl is None for block in plain.blocks)
+    for length in (11, 13, 17, 31):
+        tokens = make_tokens(length=length)
+        loss_of(model, tokens, DepthStream).backward()
+        seen.append(counters["stats"]["unique_graphs"])
+    with torch.no_grad():
+        for length in (31, 11, 13, 17):
+            tokens = make_tokens(length=length)
+            torch.testing.assert_close(model(tokens), plain(tokens))
+    assert [*seen, counters["stats"]["unique_graphs"]] == graphs
+
+
+def test_blocks_of_a_bounded_model_stay_below_the_recompile_limit() -> None:
+    model = make_model(torch.float32, layers=5, depth="kv")
+    bounded = nn.MoDALanguageModel(model.config.bounded(2))
+    bounded.load_state_dict(model.state_dict())
+    plain = deepcopy(bounded)
+    nn.compile_blocks(bounded, backend="aot_eager")
+    for length in (11, 13, 17):
+        tokens = make_tokens(length=length)
+        logits = bounded(tokens)
+        torch.testing.assert_close(logits, plain(tokens))
+        logits.sum().backward()
+        with torch.no_grad():
+            bounded(tokens)
 
 
 def test_compiled_inference_before_training() -> None:
