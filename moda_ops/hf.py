@@ -54,8 +54,8 @@ class MoDAConfig(PretrainedConfig):
 
     Files and ``to_dict`` have transformers' names for the sizes, and either name reads and sets
     them: ``hidden_size`` is ``width``, ``num_hidden_layers`` ``layers``, ``num_attention_heads``
-    ``heads``, ``num_key_value_heads`` ``kv_heads`` and ``intermediate_size`` ``hidden``. Defaults are the 700 M model of arXiv 2603.15619, Table 3,
-    row 4.
+    ``heads``, ``num_key_value_heads`` ``kv_heads`` and ``intermediate_size`` ``hidden``. Defaults are the 700 M model of arXiv 2603.15619,
+    Table 3, row 4.
 
     Args:
         vocab_size: number of tokens. It and all up to ``rope_base`` are those of
@@ -351,7 +351,8 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> torch.nn.Linear:
         """A layer with the embedding's weight, for code that asks for one; not a module within."""
         weight = self.model.embedding.weight
-        layer = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+        vocab_size, width = weight.shape
+        layer = torch.nn.Linear(width, vocab_size, bias=False, device="meta")
         layer.weight = weight
         return layer
 
@@ -443,6 +444,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         """
         _check_supported(unsupported)
         _check_noise(self.model.embedding)
+        _check_devices(self.model.blocks)
         inputs = _one_of(input_ids, inputs_embeds)
         batch, new = inputs.shape[:2]
         cache = self._cache(_one_cache(cache, past_key_values), use_cache, batch, new)
@@ -548,6 +550,16 @@ def _check_noise(embedding: torch.nn.Module) -> None:
         raise ValueError(
             "neftune_noise_alpha must be None: the embedding is the output layer too, and noise "
             "would reach the logits"
+        )
+
+
+def _check_devices(blocks: torch.nn.ModuleList) -> None:
+    hooks = [getattr(block, "_hf_hook", None) for block in blocks]  # accelerate's
+    devices = {str(getattr(hook, "execution_device", None)) for hook in hooks} - {"None"}
+    if len(devices) > 1:
+        raise ValueError(
+            "blocks must compute on one device, which has the depth stream and the cache, got "
+            f"{', '.join(sorted(devices))}: load with device_map={{'': 0}}, or shard the model"
         )
 
 

@@ -299,12 +299,16 @@ def test_samples_depend_on_the_seed_alone() -> None:
 def test_assisted_generation_takes_tokens_back() -> None:
     model = make_model().eval()
     prompt = torch.tensor([[5, 9, 11, 5, 9, 11, 5, 9, 11, 5]])
-    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=PAD)  # transformers 5.0 wants one
+    options = dict(
+        max_new_tokens=20, do_sample=False, eos_token_id=PAD
+    )  # transformers 5.0 wants one
     assisted = model.generate(prompt, prompt_lookup_num_tokens=3, **options)
     assert torch.equal(assisted, model.generate(prompt, **options))
 
 
-@pytest.mark.skipif(OLD, reason="transformers 4 gives position_ids with each chunk, which are refused")
+@pytest.mark.skipif(
+    OLD, reason="transformers 4 gives position_ids with each chunk, which are refused"
+)
 def test_prompts_in_chunks() -> None:
     model = make_model().eval()
     cache = MoDACache(model.config, 3, 10)
@@ -530,15 +534,26 @@ def test_resizing_keeps_the_logits_of_old_tokens(mean_resizing: bool, tmp_path: 
 
 def test_sizes_and_modules_go_by_the_names_that_others_look_for() -> None:
     model = make_model()
-    sizes = dict(hidden_size=36, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, intermediate_size=50, vocab_size=61)
+    sizes = dict(
+        hidden_size=36,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=50,
+        vocab_size=61,
+    )
     assert sizes.items() <= model.config.to_dict().items()
     assert {type(block).__name__ for block in model.model.blocks} <= set(model._no_split_modules)
-    assert {type(block).__name__ for block in make_model(depth="attention").model.blocks} <= set(model._no_split_modules)
+    assert {type(block).__name__ for block in make_model(depth="attention").model.blocks} <= set(
+        model._no_split_modules
+    )
     layer, hidden = model.get_output_embeddings(), torch.randn(2, 36)
     assert layer.weight is model.get_input_embeddings().weight
     assert torch.equal(layer(hidden), model.model.logits(hidden))
     model.set_output_embeddings(layer)
-    with pytest.raises(ValueError, match="the output layer is the embedding: call set_input_embeddings"):
+    with pytest.raises(
+        ValueError, match="the output layer is the embedding: call set_input_embeddings"
+    ):
         model.set_output_embeddings(torch.nn.Linear(36, 61))
 
 
@@ -561,7 +576,9 @@ def test_weights_that_come_when_they_are_needed(where: str, tmp_path: Path) -> N
         assert torch.equal(greedy(model, 5), tokens)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft
 @pytest.mark.parametrize("rank", [0, 4])
 def test_adapters_on_the_embedding_are_on_the_output_layer_too(rank: int) -> None:
     """LoRA, or with rank 0 a copy that is trained: merged, they give the same logits."""
@@ -584,6 +601,17 @@ def test_adapters_on_the_embedding_are_on_the_output_layer_too(rank: int) -> Non
     assert not torch.allclose(output.logits, plain, rtol=0.1, atol=0.1)
     assert type(merged) is MoDAForCausalLM
     assert_close(merged(tokens).logits, output.logits)
+
+
+def test_blocks_on_several_devices_are_refused() -> None:
+    model = make_model().eval()
+    for block, device in zip(model.model.blocks, ("cpu", "cpu", "meta"), strict=True):
+        hook = accelerate.hooks.AlignDevicesHook(execution_device=torch.device(device))
+        accelerate.hooks.add_hook_to_module(block, hook)
+    with pytest.raises(
+        ValueError, match=r"blocks must compute on one device.* got cpu, meta: load"
+    ):
+        model(IDS)
 
 
 def test_any_embedding_is_the_output_layer() -> None:

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import (
 
 from helpers import Inputs, plain_attention
 from moda_ops import DepthSlots, DepthStream, eager
-from moda_ops.nn import MoDAConfig, MoDALanguageModel
+from moda_ops.nn import MoDAConfig, MoDALanguageModel, compile_blocks
 
 CONFIG = MoDAConfig(vocab_size=31, layers=3, width=24, heads=4, kv_heads=2, head_dim=6, hidden=32)
 OPTIONS: list[dict[str, Any]] = [
@@ -142,8 +142,8 @@ def test_inductor_trains_as_eager_does(kind: Kind) -> None:
     assert distance(results(model, kind), exact) <= 2 * distance(plain, exact)
 
 
-def compile_blocks(model: MoDALanguageModel) -> MoDALanguageModel:
-    nn.compile_blocks(model, backend="aot_eager")
+def compiled(model: MoDALanguageModel) -> MoDALanguageModel:
+    compile_blocks(model, backend="aot_eager")
     return model
 
 
@@ -160,7 +160,7 @@ def test_compiled_blocks_share_graphs_and_train_as_in_eager(
     for layers in (4, 12):
         torch._dynamo.reset()
         counters.clear()
-        actual = train(compile_blocks(make_model(layers=layers, **options)), DepthStream)
+        actual = train(compiled(make_model(layers=layers, **options)), DepthStream)
         assert counters["stats"]["unique_graphs"] == graphs
         exact, plain = (
             train(make_model(dtype, layers=layers, **options), DepthStream)
@@ -171,12 +171,12 @@ def test_compiled_blocks_share_graphs_and_train_as_in_eager(
 
 def test_compiled_blocks_train_as_in_eager_over_a_list_of_slots() -> None:
     plain = train(make_model(torch.float32), DepthSlots)
-    actual = train(compile_blocks(make_model()), DepthSlots)
+    actual = train(compiled(make_model()), DepthSlots)
     assert_same(actual, train(make_model(), DepthSlots), plain)
 
 
 def test_graphs_of_compiled_blocks_do_not_grow_with_lengths() -> None:
-    model, graphs = compile_blocks(make_model(layers=2)), list[int]()
+    model, graphs = compiled(make_model(layers=2)), list[int]()
     for length in (11, 13, 17):
         tokens = make_tokens(length=length)
         exact, plain = (
@@ -193,9 +193,9 @@ def test_graphs_of_compiled_blocks_in_training_and_evaluation(
     dynamic: bool | None, graphs: list[int]
 ) -> None:
     """First, middle and last block, times the second length, and times evaluation: no more."""
-    model, seen = make_model(torch.float32, layers=4), list[int]()
-    nn.compile_blocks(model, backend="aot_eager", dynamic=dynamic)
-    plain = deepcopy(model)
+    model, seen = make_model(torch.float32, layers=3), list[int]()
+    compile_blocks(model, backend="eager", dynamic=dynamic)
+    plain = copy.deepcopy(model)
     assert all(block._compiled_call_impl is None for block in plain.blocks)
     for length in (11, 13, 17, 31):
         tokens = make_tokens(length=length)
@@ -210,10 +210,10 @@ def test_graphs_of_compiled_blocks_in_training_and_evaluation(
 
 def test_blocks_of_a_bounded_model_stay_below_the_recompile_limit() -> None:
     model = make_model(torch.float32, layers=5, depth="kv")
-    bounded = nn.MoDALanguageModel(model.config.bounded(2))
+    bounded = MoDALanguageModel(model.config.bounded(2))
     bounded.load_state_dict(model.state_dict())
-    plain = deepcopy(bounded)
-    nn.compile_blocks(bounded, backend="aot_eager")
+    plain = copy.deepcopy(bounded)
+    compile_blocks(bounded, backend="eager")
     for length in (11, 13, 17):
         tokens = make_tokens(length=length)
         logits = bounded(tokens)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moda_ops.nn.model import MoDATransformer
+from moda_ops.nn.model import MoDABlock, MoDATransformer
 from moda_ops.stream import DepthStream
 
 
@@ -34,7 +34,8 @@ def compile_blocks(model: MoDATransformer, **options: Any) -> None:
         ...     vocab_size=256, layers=4, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... ))
         >>> compile_blocks(model, backend="eager")
-        >>> model(torch.randint(256, (1, 5))).shape
+        >>> with torch.no_grad():
+        ...     model(torch.randint(256, (1, 5))).shape
         torch.Size([1, 5, 256])
     """
     kinds = _kinds(model)
@@ -46,7 +47,7 @@ def compile_blocks(model: MoDATransformer, **options: Any) -> None:
 
 
 Kind = tuple[int, bool, bool]
-"""Slots before the block, 2 for more than one; whether any was dropped; whether it is the last."""
+"""Slots before the block, 2 for more than one; whether any was dropped; whether it writes none."""
 
 
 def _kinds(model: MoDATransformer) -> list[Kind]:
@@ -55,7 +56,8 @@ def _kinds(model: MoDATransformer) -> list[Kind]:
     if config.depth_keep is not None:
         slots = [len(stay) for stay in config.depth_keep]
     first = next((i for i, places in enumerate(kept) if places is not None), config.layers)
-    return [(min(n, 2), i >= first, i == config.layers - 1) for i, n in enumerate(slots)]
+    ends = [isinstance(block, MoDABlock) and not block.continues for block in model.blocks]
+    return [(min(n, 2), i >= first, ends[i]) for i, n in enumerate(slots)]
 
 
 def _run(block: nn.Module, *inputs: Any) -> Any:

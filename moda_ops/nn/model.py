@@ -321,8 +321,7 @@ class MoDALanguageModel(MoDATransformer):
         return 2 * batch * tokens * weights + 4 * batch * self.config.q_width * pairs
 
     def rotary(self, tokens: int, *, device: torch.device | None = None) -> Rotary:
-        """Angles of positions 0 .. tokens - 1, on the embedding's device unless another is given.
-        """
+        """Angles of positions 0 .. tokens - 1, on the embedding's device unless one is given."""
         device = self.embedding.weight.device if device is None else device
         return self._rotary(torch.arange(tokens, device=device))
 

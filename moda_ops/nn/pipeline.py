@@ -85,7 +85,8 @@ class PipelineStage(nn.Module):
             return DepthSlots()
         D, received = self.config.head_dim, [] if slots is None else slots.unbind()
         size = len(received) + sum(_writes(block) for block in self.blocks.values())
-        stream = allocate_stream(size, *x.shape[:2], self.kv_heads, D, like=x)
+        B, T = x.shape[:2]
+        stream = allocate_stream(size, B, T, self.kv_heads, D, like=x)
         for slot in received:
             stream = stream.write(slot[..., :D], slot[..., D:])
         return stream

@@ -22,8 +22,7 @@ ARGUMENTS = {MoDAAttention: 3, FeedForward: 1, DepthProjection: 2}
 
 
 class VocabularyParallel(ParallelStyle):
-    """A :class:`moda_ops.nn.TokenEmbedding` sharded by tokens: whole rows in, sharded logits out.
-    """
+    """A :class:`moda_ops.nn.TokenEmbedding` sharded by tokens: rows are whole, logits sharded."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         return distribute_module(module, mesh, _shard_rows, _replicated, _rows_or_logits)
@@ -35,7 +34,7 @@ def _shard_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         module.register_parameter(key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
 
 
-def _replicated(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> DTensor:
+def _replicated(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
     return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
 
 
