@@ -54,8 +54,8 @@ class MoDAConfig(PretrainedConfig):
 
     Files and ``to_dict`` have transformers' names for the sizes, and either name reads and sets
     them: ``hidden_size`` is ``width``, ``num_hidden_layers`` ``layers``, ``num_attention_heads``
-    ``heads``, ``num_key_value_heads`` ``kv_heads`` and ``intermediate_size`` ``hidden``. Defaults are the 700 M model of arXiv 2603.15619,
-    Table 3, row 4.
+    ``heads``, ``num_key_value_heads`` ``kv_heads`` and ``intermediate_size`` ``hidden``. Defaults
+    are the 700 M model of arXiv 2603.15619, Table 3, row 4.
 
     Args:
         vocab_size: number of tokens. It and all up to ``rope_base`` are those of
