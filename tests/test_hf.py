@@ -557,6 +557,7 @@ def test_sizes_and_modules_go_by_the_names_that_others_look_for() -> None:
         model.set_output_embeddings(torch.nn.Linear(36, 61))
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # weights are meta
 @pytest.mark.parametrize("where", ["cpu_offload", "disk_offload", "device_map"])
 def test_weights_that_come_when_they_are_needed(where: str, tmp_path: Path) -> None:
     model, (ids, mask) = make_model(norm="pre").eval(), padded(PROMPTS, "left")
