@@ -575,6 +575,7 @@ def test_weights_that_come_when_they_are_needed(where: str, tmp_path: Path) -> N
         assert model.get_input_embeddings().weight.is_meta == (where != "device_map")
         assert torch.equal(model(ids, mask).logits, expected)
         assert torch.equal(greedy(model, 5), tokens)
+        assert torch.equal(torch.stack(nn.generate(model.model, PROMPTS, 5)), tokens)
 
 
 @pytest.mark.filterwarnings(
