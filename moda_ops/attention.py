@@ -192,6 +192,13 @@ def autocast_enabled(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a layer computes in: autocast's where that applies, else its input's."""
+    if dtype is not torch.float64 and autocast_enabled(device):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
 def slot_lists(
     k_depth: Depth | None, v_depth: Depth | None, axes: Axes = BATCHED
 ) -> tuple[list[Tensor], list[Tensor]]:

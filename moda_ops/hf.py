@@ -1,8 +1,9 @@
 """The language model in the form that Hugging Face transformers knows.
 
-``pip install 'moda-ops[hf]'``. Importing this module registers :class:`MoDAConfig` and
-:class:`MoDAForCausalLM` with ``AutoConfig`` and ``AutoModelForCausalLM``. The model inside is a
-:class:`moda_ops.nn.MoDALanguageModel`, ``MoDAForCausalLM(...).model``; nothing is computed twice.
+``pip install 'moda-ops[hf]'``, with transformers 4.57 or newer. Importing this module registers
+:class:`MoDAConfig` and :class:`MoDAForCausalLM` with ``AutoConfig`` and ``AutoModelForCausalLM``.
+The model inside is a :class:`moda_ops.nn.MoDALanguageModel`, ``MoDAForCausalLM(...).model``;
+nothing is computed twice.
 
 Two classes are called MoDAConfig, because transformers wants a configuration of its own kind:
 this module's is a ``PretrainedConfig``, :class:`moda_ops.nn.MoDAConfig` is the dataclass that the
@@ -19,6 +20,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 try:
+    from transformers.utils.versions import require_version
+
+    require_version("transformers>=4.57")
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -28,24 +32,31 @@ try:
         PreTrainedModel,
     )
     from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import can_return_tuple
 except ImportError as error:
-    raise ImportError("moda_ops.hf needs transformers: pip install 'moda-ops[hf]'") from error
+    raise ImportError(
+        "moda_ops.hf needs transformers 4.57 or newer: pip install 'moda-ops[hf]'"
+    ) from error
 
 from moda_ops import nn
+from moda_ops.attention import compute_dtype
 from moda_ops.nn.layers import rotary_angles
 from moda_ops.stream import DepthSlots, DepthStream
 
 __all__ = ["MoDACache", "MoDAConfig", "MoDAForCausalLM"]
 
+_OUTPUTS = [field.name for field in fields(CausalLMOutputWithPast)]
+_CACHE = "cache" if "cache" in _OUTPUTS else "past_key_values"  # renamed in transformers 5.24
+
 
 class MoDAConfig(PretrainedConfig):
     """What ``config.json`` holds: :class:`moda_ops.nn.MoDAConfig` and what transformers adds.
 
-    The sizes also go by transformers' names: ``hidden_size`` is ``width``, ``num_hidden_layers``
-    ``layers``, ``num_attention_heads`` ``heads``, ``num_key_value_heads`` ``kv_heads`` and
-    ``intermediate_size`` ``hidden``. Defaults are the 700 M model of arXiv 2603.15619, Table 3,
-    row 4.
+    Files and ``to_dict`` have transformers' names for the sizes, and either name reads and sets
+    them: ``hidden_size`` is ``width``, ``num_hidden_layers`` ``layers``, ``num_attention_heads``
+    ``heads``, ``num_key_value_heads`` ``kv_heads`` and ``intermediate_size`` ``hidden``. Defaults
+    are the 700 M model of arXiv 2603.15619, Table 3, row 4.
 
     Args:
         vocab_size: number of tokens. It and all up to ``rope_base`` are those of
@@ -69,13 +80,13 @@ class MoDAConfig(PretrainedConfig):
     """
 
     model_type = "moda"
-    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [_CACHE]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
-        "hidden_size": "width",
-        "num_hidden_layers": "layers",
-        "num_attention_heads": "heads",
-        "num_key_value_heads": "kv_heads",
-        "intermediate_size": "hidden",
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "hidden": "intermediate_size",
     }
 
     def __init__(
@@ -156,17 +167,17 @@ class MoDACache(Cache):
 
     ``generate`` makes one with room for the whole text; one that a forward pass makes has room for
     its tokens and doubles when it is full. A text's tokens lie from position 0 on, wherever its
-    padding is.
+    padding is. Memory is allocated in the first forward pass, which knows dtype and device.
 
     Args:
         config: of the model.
         batch: B.
         capacity: columns, tokens with padding, until it has to grow; at least 1.
-        dtype: as the model computes keys; default: PyTorch's default dtype.
-        device: default: PyTorch's default device.
 
     Attributes:
-        kv: keys, values, and how many tokens each text has.
+        capacity: columns that it has room for.
+        columns: those so far.
+        kv: keys, values, and how many tokens each text has; None before the first forward pass.
 
     Example:
         >>> config = MoDAConfig(
@@ -175,35 +186,30 @@ class MoDACache(Cache):
         >>> model, cache = MoDAForCausalLM(config).eval(), MoDACache(config, 1, capacity=100)
         >>> tokens = model.generate(
         ...     torch.tensor([[1, 2, 3]]), max_new_tokens=5, cache=cache
-        ... )
+        ... )  # before transformers 5.24: past_key_values=cache
         >>> tokens.shape, cache.get_seq_length()
         (torch.Size([1, 8]), 7)
     """
 
-    def __init__(
-        self,
-        config: MoDAConfig,
-        batch: int,
-        capacity: int,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: MoDAConfig, batch: int, capacity: int) -> None:
         super().__init__(layers=[])
-        self.kv = nn.KVCache.allocate(config.to_nn(), batch, capacity, dtype=dtype, device=device)
-        self.columns = 0
+        self.config = config.to_nn()
+        self._texts, self.capacity, self.columns = batch, capacity, 0
+        self.kv: nn.KVCache | None = None
 
     def __repr__(self) -> str:
-        shape = tuple(self.kv.k[0].shape)
-        return f"{type(self).__name__}({len(self)} layers of {shape}, {self.columns} columns)"
+        return (
+            f"{type(self).__name__}({len(self)} layers of {self.batch_size} texts, "
+            f"{self.columns} of {self.capacity} columns)"
+        )
 
     def __len__(self) -> int:
-        return len(self.kv.k)
+        return self.config.layers
 
     @property
     def batch_size(self) -> int:
         """B."""
-        return len(self.kv.lengths)
+        return self._texts
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns so far: the tokens of the longest text, its padding included."""
@@ -213,27 +219,44 @@ class MoDACache(Cache):
         """-1: it grows."""
         return -1
 
-    def reserve(self, columns: int) -> None:
-        """Grow, if need be, to at least so many columns."""
-        capacity = self.kv.k[0].shape[1]
-        if columns > capacity:
-            extra = max(columns, 2 * capacity) - capacity
-            self._map(lambda x: torch.cat((x, x.new_empty(len(x), extra, *x.shape[2:])), 1))
+    def reserve(self, columns: int, x: Tensor) -> nn.KVCache:
+        """The memory, with room for so many columns, of a model whose embedding returns x."""
+        room, self.capacity = self.capacity, max(columns, self.capacity)
+        if self.kv is None:
+            self.kv = nn.KVCache.allocate(
+                self.config,
+                self.batch_size,
+                self.capacity,
+                dtype=compute_dtype(x.dtype, x.device),
+                device=x.device,
+            )
+        elif columns > room:
+            self.capacity = max(columns, 2 * room)
+            self._map(
+                lambda x: torch.cat((x, x.new_empty(len(x), self.capacity - room, *x.shape[2:])), 1)
+            )
+        return self.kv
+
+    def append(self, columns: int, tokens: Tensor | int) -> None:
+        """Count columns that the layers have filled, and each text's tokens among them."""
+        assert self.kv is not None
+        self.columns += columns
+        self.kv.lengths.add_(tokens)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.columns = 0
-        self.kv.lengths.zero_()
+        self.columns, self.kv = 0, None
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take the last ``-tokens_to_remove`` tokens, none of them padding, from every text.
+    def crop(self, columns: int) -> None:
+        """Take the last tokens, none of them padding, from every text.
 
-        A number below 0, as assisted generation gives it.
+        Args:
+            columns: below 0 how many go, above 0 how many columns stay: assisted generation gives
+                the first since transformers 5.17 or before, the second in older ones.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove must be at most 0, got {tokens_to_remove}")
-        self.columns += tokens_to_remove
-        self.kv.lengths.add_(tokens_to_remove)
+        if columns > 0:
+            columns = min(columns - self.columns, 0)
+        self.append(columns, columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace text b by text ``beam_idx[b]``."""
@@ -241,18 +264,20 @@ class MoDACache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these texts, in this order."""
-        indices = indices.to(self.kv.lengths.device)
-        self._map(lambda x: x[indices])
-        self.kv = self.kv._replace(lengths=self.kv.lengths[indices])
+        self._texts = len(indices)
+        self._map(lambda x: x[indices.to(x.device)])
+        if self.kv is not None:
+            lengths = self.kv.lengths
+            self.kv = self.kv._replace(lengths=lengths[indices.to(lengths.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every text so many times."""
-        texts = torch.arange(self.batch_size, device=self.kv.lengths.device)
-        self.batch_select_indices(texts.repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        k, v = (tuple(map(function, tensors)) for tensors in (self.kv.k, self.kv.v))
-        self.kv = self.kv._replace(k=k, v=v)
+        if self.kv is not None:
+            k, v = (tuple(map(function, tensors)) for tensors in (self.kv.k, self.kv.v))
+            self.kv = self.kv._replace(k=k, v=v)
 
 
 class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
@@ -260,8 +285,8 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
 
     Positions and visibility follow from ``attention_mask`` alone: a text's tokens count from 0,
     and padding, on either side or in between, is seen by nobody, at no cost in the kernels: tokens
-    are moved to the front, where causal attention needs no mask, and results moved back. What
-    comes out at padding means nothing.
+    are moved to the front, where causal attention needs no mask, and results moved back. Logits at
+    padding are 0.
 
     ``generate`` works with a :class:`MoDACache`. It runs one forward pass per token from Python;
     :func:`moda_ops.nn.generate` of ``model.model`` replays a CUDA graph and is the faster one.
@@ -286,7 +311,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
-    _no_split_modules = ("MoDALanguageModel",)  # one depth stream, one device
+    _no_split_modules = ("MoDABlock", "DepthAttentionBlock")
     gradient_checkpointing = False
 
     def __init__(self, config: MoDAConfig) -> None:
@@ -324,9 +349,18 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.embedding = value
         self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
 
-    def get_output_embeddings(self) -> None:
-        """None: there is no second matrix."""
-        return None
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        """A layer with the embedding's weight, for code that asks for one; not a module within."""
+        weight = self.model.embedding.weight
+        vocab_size, width = weight.shape
+        layer = torch.nn.Linear(width, vocab_size, bias=False, device="meta")
+        layer.weight = weight
+        return layer
+
+    def set_output_embeddings(self, value: object) -> None:
+        """Nothing to do for the embedding's own weight, and an error for any other."""
+        if getattr(value, "weight", None) is not self.model.embedding.weight:
+            raise ValueError("the output layer is the embedding: call set_input_embeddings")
 
     def _prepare_cache_for_generation(
         self,
@@ -341,11 +375,11 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
                 "cache_implementation must be None: the cache is a MoDACache, "
                 f"got {generation_config.cache_implementation!r}"
             )
-        if generation_config.use_cache and model_kwargs.get("cache") is None:
+        if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
             texts = batch_size * max(
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1
             )
-            model_kwargs["cache"] = self._new_cache(texts, max_cache_length)
+            model_kwargs[_CACHE] = MoDACache(self.config, texts, max_cache_length)
 
     def _set_gradient_checkpointing(
         self,
@@ -376,6 +410,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values: MoDACache | None = None,
         **unsupported: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if there are labels.
@@ -394,12 +429,13 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: the last so many columns, or the indices of columns, whose logits are
                 wanted; 0 is all.
             num_items_in_batch: what the sum of losses is divided by; default, their number.
+            past_key_values: the cache, by its name before transformers 5.24.
             unsupported: anything else, unless None or False, is an error.
 
         Returns:
-            ``loss`` (a scalar, float32), ``logits`` (B, N, vocab_size), ``cache``,
-            ``hidden_states`` (layers + 1 of (B, N, C)): those that were asked for. With
-            ``return_dict=False`` a tuple.
+            ``loss`` (a scalar, float32), ``logits`` (B, N, vocab_size), ``cache`` (before
+            transformers 5.24 ``past_key_values``), ``hidden_states`` (layers + 1 of (B, N, C)):
+            those that were asked for. With ``return_dict=False`` a tuple.
 
         Raises:
             TypeError: an argument that is not supported, such as ``position_ids`` or
@@ -408,9 +444,11 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
                 ``inputs_embeds``, or a cache where gradients are on.
         """
         _check_supported(unsupported)
+        _check_noise(self.model.embedding)
+        _check_devices(self.model.blocks)
         inputs = _one_of(input_ids, inputs_embeds)
         batch, new = inputs.shape[:2]
-        cache = self._cache(cache, use_cache, batch, new)
+        cache = self._cache(_one_cache(cache, past_key_values), use_cache, batch, new)
         past = 0 if cache is None else cache.columns
         _check_shape("attention_mask", attention_mask, (batch, past + new))
         _check_shape("labels", labels, (batch, new))
@@ -423,15 +461,14 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         x = inputs if order is None else inputs[rows, order]
         x = self.model.embedding(x) if inputs_embeds is None else x
 
-        positions = torch.arange(new, device=inputs.device)
+        positions = torch.arange(new, device=x.device)
         stream: DepthSlots | DepthStream | nn.CachedStream
         if cache is None:
-            stream = self.model.stream(batch, new)
-        elif past == 0:
-            stream = nn.CachedStream(cache.kv, start=0)
+            stream = self.model.stream(batch, new, like=x)
         else:
-            stream = nn.CachedStream(cache.kv)
-            positions = cache.kv.lengths[:, None] + positions
+            kv = cache.reserve(past + new, x)
+            stream = nn.CachedStream(kv, start=None if past else 0)
+            positions = kv.lengths[:, None] + positions if past else positions
 
         states: list[Tensor] = []
         run = self._gradient_checkpointing_func if self._checkpoints else _call
@@ -447,9 +484,10 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         if order is not None:
             back = order.argsort(1)
             states = [state[rows, back] for state in states]
+        if tokens is not None:
+            states[-1] = states[-1].masked_fill(~tokens[..., None], 0)  # as label smoothing needs
         if cache is not None:
-            cache.columns += new
-            cache.kv.lengths.add_(new if tokens is None else tokens.sum(1))
+            cache.append(new, new if tokens is None else tokens.sum(1))
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(states[-1][:, kept])
@@ -463,8 +501,8 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            cache=cache,
             hidden_states=tuple(states) if output_hidden_states else None,
+            **{_CACHE: cache},
         )
 
     @property
@@ -483,21 +521,14 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
                 "a cache carries no gradient: call under torch.no_grad() or with use_cache=False"
             )
         if given is None:
-            return self._new_cache(batch, new)
+            return MoDACache(self.config, batch, new)
         if not isinstance(given, MoDACache):
             raise TypeError(f"cache must be a MoDACache, got {type(given).__name__}")
         if given.batch_size != batch:
             raise ValueError(
                 f"cache must hold B = {batch} texts, as the tokens, got {given.batch_size}"
             )
-        given.reserve(given.columns + new)
         return given
-
-    def _new_cache(self, batch: int, capacity: int) -> MoDACache:
-        weight = self.model.embedding.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        return MoDACache(self.config, batch, capacity, dtype=dtype, device=weight.device)
 
 
 def _call(block: torch.nn.Module, *arguments: Any) -> Any:
@@ -505,14 +536,38 @@ def _call(block: torch.nn.Module, *arguments: Any) -> Any:
 
 
 def _check_supported(unsupported: dict[str, Any]) -> None:
+    unsupported.pop("cache_position", None)  # what the cache knows, from generate in old releases
     for name, value in unsupported.items():
         if value is not None and value is not False:
             reason = {
                 "position_ids": "positions follow from attention_mask",
                 "output_attentions": "attention weights are never in memory",
-                "past_key_values": "transformers 5.24 renamed it cache",
             }.get(name, "MoDAForCausalLM.forward has no such argument")
             raise TypeError(f"{name} is not supported: {reason}")
+
+
+def _check_noise(embedding: torch.nn.Module) -> None:
+    if getattr(embedding, "neftune_noise_alpha", None) is not None:
+        raise ValueError(
+            "neftune_noise_alpha must be None: the embedding is the output layer too, and noise "
+            "would reach the logits"
+        )
+
+
+def _check_devices(blocks: torch.nn.ModuleList) -> None:
+    hooks = [getattr(block, "_hf_hook", None) for block in blocks]  # accelerate's
+    devices = {str(getattr(hook, "execution_device", None)) for hook in hooks} - {"None"}
+    if len(devices) > 1:
+        raise ValueError(
+            "blocks must compute on one device, which has the depth stream and the cache, got "
+            f"{', '.join(sorted(devices))}: load with device_map={{'': 0}}, or shard the model"
+        )
+
+
+def _one_cache(cache: object, past_key_values: object) -> object:
+    if cache is not None and past_key_values is not None:
+        raise ValueError("give one of cache and past_key_values, which are the same, got both")
+    return past_key_values if cache is None else cache
 
 
 def _one_of(input_ids: object, inputs_embeds: object) -> Tensor:
@@ -541,3 +596,5 @@ def _check_shape(name: str, x: object, shape: tuple[int, int]) -> None:
 
 AutoConfig.register(MoDAConfig.model_type, MoDAConfig)
 AutoModelForCausalLM.register(MoDAConfig, MoDAForCausalLM)
+# Trainer's label smoothing shifts the labels of the classes that this names.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoDAConfig.model_type] = MoDAForCausalLM.__name__

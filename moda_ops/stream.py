@@ -17,6 +17,7 @@ from moda_ops.attention import (
     check_option,
     check_plan,
     check_tensors,
+    compute_dtype,
     moda_attention,
     window_sides,
 )
@@ -120,7 +121,8 @@ class DepthStream(NamedTuple):
             device = like.device if device is None else device
         device = torch.empty(0, device=device).device  # None is PyTorch's default device
         if dtype is None:
-            dtype = _dtype_of_layers(device, like)
+            given_dtype = torch.get_default_dtype() if like is None else like.dtype
+            dtype = compute_dtype(given_dtype, device)
         grad_dtype = dtype if grad_dtype is None else grad_dtype
         for name, given in (("dtype", dtype), ("grad_dtype", grad_dtype)):
             if not isinstance(given, torch.dtype) or not given.is_floating_point:
@@ -573,14 +575,6 @@ def check_kept(slots: object, written: int) -> None:
     for slot in slots:
         if not 0 <= slot < written:
             raise ValueError(f"slots must be among the {written} that are written, got {slot}")
-
-
-def _dtype_of_layers(device: torch.device, like: Tensor | None) -> torch.dtype:
-    """The dtype of what a layer makes of a tensor like this one, under autocast or without."""
-    dtype = torch.get_default_dtype() if like is None else like.dtype
-    if torch.is_autocast_enabled(device.type) and (like is None or dtype is not torch.float64):
-        return torch.get_autocast_dtype(device.type)  # which leaves float64 alone
-    return dtype
 
 
 def _cu_seqlens(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | tuple[()]:

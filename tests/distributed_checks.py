@@ -311,6 +311,9 @@ def check_tensor_parallel_communication(options: dict[str, Any], backward: int) 
     model, tokens = make_model(config).to(device()), make_text()[0]
     tensor_parallel(model, mesh_of(dist.get_world_size()))
     with CommDebugMode() as seen:
+        # Its module hooks cannot follow the embedding, which is called twice.
+        seen.advanced_module_tracker._fw_pre_handle.remove()
+        seen.advanced_module_tracker._fw_post_handle.remove()
         logits = model(tokens)
     assert counts(seen) == {"all_reduce": 1 + 2 * config.layers}  # one for the embedding
     warnings.filterwarnings("ignore", "Full backward hook is firing")  # that of CommDebugMode
@@ -333,6 +336,31 @@ def check_fully_sharded(options: dict[str, Any], functional: bool) -> None:
     tokens, targets = (x.chunk(ranks)[dist.get_rank()] for x in make_text())
     loss_of(model(tokens, DepthSlots() if functional else None), targets).backward()
     assert_same_step(config, gradients(model))
+
+
+def check_embedding_sharded_by_itself(cast: bool) -> None:
+    """FSDP2 has the embedding's weight in place for both of its calls, in training and without.
+
+    Outside of them the weight is this rank's shard, in another dtype if ``cast``.
+    """
+    config, ranks = CONFIG, dist.get_world_size()
+    dtype = torch.bfloat16 if cast else torch.float32
+    options = dict(
+        mesh=mesh_of(ranks),
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False),
+    )
+    model = make_model(config).to(device())
+    fully_shard(model.embedding, **options)
+    shard_blocks(model, **options)
+    tokens, targets = (x.chunk(ranks)[dist.get_rank()] for x in make_text())
+    whole = make_model(config).to(device(), dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), whole(tokens))
+    logits = model(tokens)
+    torch.testing.assert_close(logits, whole(tokens))
+    loss_of(logits.float(), targets).backward()
+    if not cast:
+        assert_same_step(config, gradients(model))
 
 
 def check_fully_sharded_context() -> None:

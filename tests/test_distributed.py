@@ -136,6 +136,11 @@ def test_fully_sharded(ranks, options, functional):
     ranks(checks.check_fully_sharded, options, functional)
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_an_embedding_sharded_by_itself(ranks, cast):
+    ranks(checks.check_embedding_sharded_by_itself, cast)
+
+
 @pytest.mark.parametrize("data", [1, 2])
 def test_tensor_parallel_and_fully_sharded(ranks, data):
     ranks(checks.check_tensor_parallel, EVERY_OPTION, data)

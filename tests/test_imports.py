@@ -38,12 +38,26 @@ def test_importing_moda_ops_loads_no_kernels():
     assert not extra & {"transformers", "safetensors", "sklearn"}
 
 
+NEEDED = "ImportError: moda_ops.hf needs transformers 4.57 or newer: pip install 'moda-ops[hf]'"
+
+
 def test_hf_without_transformers_names_the_extra():
     code = "import sys; sys.modules['transformers'] = None; import moda_ops.hf"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
-    expected = "ImportError: moda_ops.hf needs transformers: pip install 'moda-ops[hf]'"
-    assert result.stderr.splitlines()[-1] == expected
+    assert result.stderr.splitlines()[-1] == NEEDED
+
+
+def test_hf_with_an_old_transformers_names_the_versions():
+    code = """
+import importlib.metadata
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "4.56.2" if name == "transformers" else version(name)
+import moda_ops.hf
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1] == NEEDED
+    assert "transformers>=4.57 is required" in result.stderr and "4.56.2" in result.stderr
 
 
 def test_cpu_tensors_never_load_the_kernels():

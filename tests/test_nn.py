@@ -654,3 +654,30 @@ def test_config_refuses_what_does_not_fit(options: dict[str, Any], message: str)
     with pytest.raises(ValueError) as caught:  # noqa: PT011, the whole message is compared
         replace(CONFIG, **options)
     assert str(caught.value).startswith(message)
+
+
+@every_depth
+@pytest.mark.parametrize("functional", [False, True])
+def test_on_the_meta_device(depth: Depth, functional: bool) -> None:
+    """Shapes and gradients without memory, and weights that are assigned later."""
+    model, tokens = make_model(depth=depth), torch.randint(7, (2, 5))
+    expected = model(tokens, DepthSlots() if functional else None)
+    expected.sum().backward()
+    meta = make_model(depth=depth).to("meta")
+    logits = meta(tokens.to("meta"), DepthSlots() if functional else None)
+    logits.sum().backward()
+    assert logits.is_meta and logits.shape == expected.shape and logits.dtype == expected.dtype
+    for (name, x), y in zip(meta.named_parameters(), model.parameters(), strict=True):
+        assert (x.grad is None) == (y.grad is None), name
+        assert x.grad is None or (x.grad.is_meta and x.grad.shape == y.shape), name
+    with torch.device("meta"):
+        loaded = MoDALanguageModel(model.config)
+    loaded.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(loaded(tokens), expected)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    model, tokens = make_model().double(), torch.randint(7, (2, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(tokens), model(tokens, DepthSlots()))
+        assert model(tokens).dtype == model.stream(2, 5).buffer.dtype == torch.float64

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import (
 
 from helpers import Inputs, plain_attention
 from moda_ops import DepthSlots, DepthStream, eager
-from moda_ops.nn import MoDAConfig, MoDALanguageModel
+from moda_ops.nn import MoDAConfig, MoDALanguageModel, compile_blocks
 
 CONFIG = MoDAConfig(vocab_size=31, layers=3, width=24, heads=4, kv_heads=2, head_dim=6, hidden=32)
 OPTIONS: list[dict[str, Any]] = [
@@ -142,9 +142,8 @@ def test_inductor_trains_as_eager_does(kind: Kind) -> None:
     assert distance(results(model, kind), exact) <= 2 * distance(plain, exact)
 
 
-def compile_blocks(model: MoDALanguageModel) -> MoDALanguageModel:
-    for block in model.blocks:
-        block.compile(backend="aot_eager", fullgraph=True)
+def compiled(model: MoDALanguageModel) -> MoDALanguageModel:
+    compile_blocks(model, backend="aot_eager")
     return model
 
 
@@ -161,7 +160,7 @@ def test_compiled_blocks_share_graphs_and_train_as_in_eager(
     for layers in (4, 12):
         torch._dynamo.reset()
         counters.clear()
-        actual = train(compile_blocks(make_model(layers=layers, **options)), DepthStream)
+        actual = train(compiled(make_model(layers=layers, **options)), DepthStream)
         assert counters["stats"]["unique_graphs"] == graphs
         exact, plain = (
             train(make_model(dtype, layers=layers, **options), DepthStream)
@@ -172,12 +171,12 @@ def test_compiled_blocks_share_graphs_and_train_as_in_eager(
 
 def test_compiled_blocks_train_as_in_eager_over_a_list_of_slots() -> None:
     plain = train(make_model(torch.float32), DepthSlots)
-    actual = train(compile_blocks(make_model()), DepthSlots)
+    actual = train(compiled(make_model()), DepthSlots)
     assert_same(actual, train(make_model(), DepthSlots), plain)
 
 
 def test_graphs_of_compiled_blocks_do_not_grow_with_lengths() -> None:
-    model, graphs = compile_blocks(make_model(layers=2)), list[int]()
+    model, graphs = compiled(make_model(layers=2)), list[int]()
     for length in (11, 13, 17):
         tokens = make_tokens(length=length)
         exact, plain = (
@@ -187,6 +186,41 @@ def test_graphs_of_compiled_blocks_do_not_grow_with_lengths() -> None:
         assert_same(results(model, DepthStream, tokens), exact, plain)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] < graphs[1] == graphs[2]
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(None, [3, 6, 6, 6, 9]), (True, [3, 3, 3, 3, 6])])
+def test_graphs_of_compiled_blocks_in_training_and_evaluation(
+    dynamic: bool | None, graphs: list[int]
+) -> None:
+    """First, middle and last block, times the second length, and times evaluation: no more."""
+    model, seen = make_model(torch.float32, layers=3), list[int]()
+    compile_blocks(model, backend="eager", dynamic=dynamic)
+    plain = copy.deepcopy(model)
+    assert all(block._compiled_call_impl is None for block in plain.blocks)
+    for length in (11, 13, 17, 31):
+        tokens = make_tokens(length=length)
+        loss_of(model, tokens, DepthStream).backward()
+        seen.append(counters["stats"]["unique_graphs"])
+    with torch.no_grad():
+        for length in (31, 11, 13, 17):
+            tokens = make_tokens(length=length)
+            torch.testing.assert_close(model(tokens), plain(tokens))
+    assert [*seen, counters["stats"]["unique_graphs"]] == graphs
+
+
+def test_blocks_of_a_bounded_model_stay_below_the_recompile_limit() -> None:
+    model = make_model(torch.float32, layers=5, depth="kv")
+    bounded = MoDALanguageModel(model.config.bounded(2))
+    bounded.load_state_dict(model.state_dict())
+    plain = copy.deepcopy(bounded)
+    compile_blocks(bounded, backend="eager")
+    for length in (11, 13, 17):
+        tokens = make_tokens(length=length)
+        logits = bounded(tokens)
+        torch.testing.assert_close(logits, plain(tokens))
+        logits.sum().backward()
+        with torch.no_grad():
+            bounded(tokens)
 
 
 def test_compiled_inference_before_training() -> None:

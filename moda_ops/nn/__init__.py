@@ -15,6 +15,7 @@ width, HQ query heads, H key/value heads, D head dimension.
 """
 
 from moda_ops.nn.cache import CachedStream, KVCache
+from moda_ops.nn.compilation import compile_blocks
 from moda_ops.nn.config import BlockConfig, Depth, MoDAConfig, Norm
 from moda_ops.nn.generation import decode_step, generate, prefill, token_probabilities
 from moda_ops.nn.inspection import (
@@ -33,6 +34,7 @@ from moda_ops.nn.layers import (
     RMSNorm,
     Rotary,
     Stream,
+    TokenEmbedding,
     rotary_angles,
     rotate,
 )
@@ -63,9 +65,11 @@ __all__ = [
     "Reading",
     "Rotary",
     "Stream",
+    "TokenEmbedding",
     "VisionConfig",
     "WatchedStream",
     "attention_map",
+    "compile_blocks",
     "decode_step",
     "depth_use",
     "generate",

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from moda_ops.attention import check_bool, check_int
+from moda_ops.attention import check_bool, check_int, compute_dtype
 from moda_ops.nn.cache import CachedStream, KVCache
+from moda_ops.nn.config import BlockConfig
 from moda_ops.nn.layers import rotary_angles
 from moda_ops.nn.model import MoDALanguageModel
 
@@ -98,25 +99,29 @@ def generate(
         raise TypeError(f"model must be a MoDALanguageModel, got {type(model).__name__}")
     if not model.config.causal:
         raise ValueError("model must be causal to generate text, got one with causal = False")
-    vocabulary, device = model.config.vocab_size, model.embedding.weight.device
+    vocabulary, weight = model.config.vocab_size, model.embedding.weight
     rows = _prompt_rows(prompts, vocabulary)
     check_int("max_new_tokens", max_new_tokens, 1)
     check_int("prefill_chunk", prefill_chunk, 1)
     _check_sampling(temperature, top_k, top_p)
     _check_seed(seed)
-    stops = torch.tensor(_checked_stops(stop_tokens, vocabulary), device=device, dtype=torch.long)
+    stops = torch.tensor(_checked_stops(stop_tokens, vocabulary), dtype=torch.long)
     check_bool("compile", compile)
     if progress is not None:
         check_bool("progress", progress)
     longest = max(map(len, rows))
-    cache = _fitting_cache(cache, model, len(rows), longest + max_new_tokens - 1)
+    tokens = pad_sequence(rows, batch_first=True)
+    tokens = tokens if weight.is_meta else tokens.to(weight.device)  # meta: offloaded
+    x = model.embedding(tokens[:, :1])
+    device = x.device
+    cache = _fitting_cache(cache, model.config, x, longest + max_new_tokens - 1)
 
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    tokens = pad_sequence(rows, batch_first=True).to(device)
+    tokens, stops = tokens.to(device), stops.to(device)
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32).to(device)
     step: Callable[[MoDALanguageModel, Tensor, KVCache], Tensor] = decode_step
     if compile:
@@ -301,28 +306,26 @@ def _hidden(
     return model.hidden(model.embedding(tokens), rotary, stream)
 
 
-def _fitting_cache(cache: object, model: MoDALanguageModel, batch: int, capacity: int) -> KVCache:
-    """The given one, or a new one, in the dtype that the model computes keys in."""
-    c, weight = model.config, model.embedding.weight
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+def _fitting_cache(cache: object, c: BlockConfig, x: Tensor, capacity: int) -> KVCache:
+    """The given one, or a new one, in the dtype of keys that blocks compute of such x (B, T, C)."""
+    batch, dtype = len(x), compute_dtype(x.dtype, x.device)
     if cache is None:
-        return KVCache.allocate(c, batch, capacity, dtype=dtype, device=weight.device)
+        return KVCache.allocate(c, batch, capacity, dtype=dtype, device=x.device)
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must be None or a KVCache, got {type(cache).__name__}")
     if not len(cache.k) == len(cache.v) == c.layers:
         raise ValueError(f"cache must have the model's {c.layers} layers, got {len(cache.k)}")
-    for x in (*cache.k, *cache.v):
-        room = x.shape[1]
-        if x.shape != (batch, room, c.kv_heads, c.head_dim) or room < capacity:
+    for part in (*cache.k, *cache.v):
+        room = part.shape[1]
+        if part.shape != (batch, room, c.kv_heads, c.head_dim) or room < capacity:
             raise ValueError(
                 f"cache must have tensors (B, capacity, H, D) = ({batch}, {capacity} or more, "
-                f"{c.kv_heads}, {c.head_dim}), got {tuple(x.shape)}"
+                f"{c.kv_heads}, {c.head_dim}), got {tuple(part.shape)}"
             )
-        if x.dtype != dtype:
-            raise TypeError(f"cache must have dtype {dtype}, as the model's keys, got {x.dtype}")
-        if x.device != weight.device:
-            raise ValueError(f"cache must be on the model's device {weight.device}, got {x.device}")
+        if part.dtype != dtype:
+            raise TypeError(f"cache must have dtype {dtype}, as the model's keys, got {part.dtype}")
+        if part.device != x.device:
+            raise ValueError(f"cache must be on the model's device {x.device}, got {part.device}")
     return cache
 
 

@@ -266,5 +266,6 @@ def _map_of(reading: Reading) -> AttentionMap:
 
 
 def _watch(model: MoDALanguageModel, tokens: Tensor, observe: Callable[[Reading], object]) -> None:
-    stream = WatchedStream(model.stream(*tokens.shape), observe)
-    model.hidden(model.embedding(tokens), model.rotary(tokens.shape[1]), stream)
+    x = model.embedding(tokens)
+    stream = WatchedStream(model.stream(*tokens.shape, like=x), observe)
+    model.hidden(x, model.rotary(tokens.shape[1], device=x.device), stream)

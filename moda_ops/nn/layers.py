@@ -95,6 +95,35 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, gain, self.eps)
 
 
+class TokenEmbedding(nn.Embedding):
+    """The vocabulary's matrix: rows for tokens in, logits out.
+
+    One module does both, so that whatever manages its weight, such as FSDP2 or offloading, has it
+    in place both times. Forward hooks see both calls.
+
+    Example:
+        >>> embedding = TokenEmbedding(7, 4)
+        >>> x = embedding(torch.tensor([[1, 2, 3]]))
+        >>> x.shape, embedding(x).shape
+        (torch.Size([1, 3, 4]), torch.Size([1, 3, 7]))
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows (..., C) for integers x (...); logits (..., vocab_size) for hidden x (..., C)."""
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
+
+def output_layer(hidden: Tensor, embedding: nn.Module, vocab_size: int) -> Tensor:
+    """Logits (..., vocab_size) of hidden (..., C).
+
+    A module that has taken the place of the :class:`TokenEmbedding`, an adapter for instance, is
+    asked for the rows of all tokens.
+    """
+    if isinstance(embedding, TokenEmbedding):
+        return embedding(hidden)
+    return F.linear(hidden, embedding(torch.arange(vocab_size, device=hidden.device)))
+
+
 class MoDAAttention(nn.Module):
     """Attention over the sequence and the depth stream under one softmax.
 

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moda_ops.nn.cache import CachedStream
 from moda_ops.nn.config import BlockConfig, MoDAConfig
@@ -17,6 +16,8 @@ from moda_ops.nn.layers import (
     RMSNorm,
     Rotary,
     Stream,
+    TokenEmbedding,
+    output_layer,
     rotary_angles,
 )
 from moda_ops.nn.watch import WatchedStream
@@ -194,20 +195,29 @@ class MoDATransformer(nn.Module):
         """Parameters, an embedding that is also the output layer counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def stream(self, batch: int, tokens: int) -> DepthSlots | DepthStream:
+    def stream(
+        self, batch: int, tokens: int, *, like: Tensor | None = None
+    ) -> DepthSlots | DepthStream:
         """The empty stream of a forward pass, as large as the blocks will fill it.
 
         Of a bounded model without gradients it is a list of slots, which frees the dropped ones.
+
+        Args:
+            batch: B.
+            tokens: T.
+            like: the first block's input, which tells the dtype and the device; default: the
+                embedding's parameters.
         """
         slots = self.config.depth_slots()
         bounded = self.config.depth_keep is not None
         if slots == 0 or (bounded and not torch.is_grad_enabled()):
             return DepthSlots()
-        return self._allocate(batch, tokens)
+        like = next(self.embedding.parameters()) if like is None else like
+        return self._allocate(batch, tokens, like)
 
-    def _allocate(self, batch: int, tokens: int) -> DepthStream:
+    def _allocate(self, batch: int, tokens: int, like: Tensor) -> DepthStream:
         shape = self.config.depth_slots(), batch, tokens, self.kv_heads, self.config.head_dim
-        return allocate_stream(*shape, like=next(self.embedding.parameters()))
+        return allocate_stream(*shape, like=like)
 
     def hidden(
         self,
@@ -257,7 +267,7 @@ class MoDALanguageModel(MoDATransformer):
     embedding: nn.Embedding
 
     def __init__(self, config: MoDAConfig) -> None:
-        super().__init__(config, nn.Embedding(config.vocab_size, config.width))
+        super().__init__(config, TokenEmbedding(config.vocab_size, config.width))
 
     def num_parameters(self) -> int:
         """Parameters, the embedding counted once.
@@ -303,15 +313,16 @@ class MoDALanguageModel(MoDATransformer):
             True
         """
         linear = [m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)]
-        weights = self.embedding.weight.numel() + sum(linear)
+        weights = self.config.vocab_size * self.config.width + sum(linear)
         seen = tokens * (tokens + 1) // 2 if self.config.causal else tokens**2
         sequence = self.config.layers * seen
         pairs = sequence + tokens * sum(self.config.depth_reads())
         return 2 * batch * tokens * weights + 4 * batch * self.config.q_width * pairs
 
-    def rotary(self, tokens: int) -> Rotary:
-        """Angles of positions 0 .. tokens - 1."""
-        return self._rotary(torch.arange(tokens, device=self.embedding.weight.device))
+    def rotary(self, tokens: int, *, device: torch.device | None = None) -> Rotary:
+        """Angles of positions 0 .. tokens - 1, on the embedding's device unless one is given."""
+        device = self.embedding.weight.device if device is None else device
+        return self._rotary(torch.arange(tokens, device=device))
 
     def _rotary(self, positions: Tensor) -> Rotary:
         return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
@@ -333,37 +344,26 @@ class MoDALanguageModel(MoDATransformer):
                 makes the stream.
         """
         B, T = tokens.shape
+        x = self.embedding(tokens)
         if context is not None:
             if stream is not None:
                 raise ValueError("stream must be None if context is given, which makes the stream")
             if self.config.depth_keep is not None:
                 raise ValueError("context must be None for a model with bounded slots (depth_keep)")
-            angles = self._rotary(context.positions(T, tokens.device))
-            parts = context.stream(*(self._allocate(B, T // 2) for _ in range(2)))
-            return self.logits(self.hidden(self.embedding(tokens), angles, parts))
+            angles = self._rotary(context.positions(T, x.device))
+            parts = context.stream(*(self._allocate(B, T // 2, x) for _ in range(2)))
+            return self.logits(self.hidden(x, angles, parts))
         if stream is None:
-            stream = self.stream(B, T)
-        return self.logits(self.hidden(self.embedding(tokens), self.rotary(T), stream))
+            stream = self.stream(B, T, like=x)
+        return self.logits(self.hidden(x, self.rotary(T, device=x.device), stream))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer: logits (..., vocab_size) of hidden (..., C)."""
-        return output_layer(hidden, self.embedding.weight)
-
-
-def output_layer(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits (..., vocab_size) of hidden (..., C) and weight (vocab_size, C)."""
-    if hasattr(weight, "device_mesh"):  # tensor parallelism has sharded the vocabulary
-        from torch.distributed.tensor import DTensor
-
-        hidden = DTensor.from_local(hidden, weight.device_mesh)
-    return F.linear(hidden, weight)
+        return output_layer(hidden, self.embedding, self.config.vocab_size)
 
 
 def allocate_stream(
     slots: int, batch: int, tokens: int, kv_heads: int, head_dim: int, *, like: Tensor
 ) -> DepthStream:
-    """An empty stream for what a model with this weight computes, under autocast or without."""
-    dtype = None if torch.is_autocast_enabled(like.device.type) else like.dtype
-    return DepthStream.allocate(
-        slots, batch, tokens, kv_heads, head_dim, dtype=dtype, device=like.device
-    )
+    """An empty stream for what blocks compute of x like this, under autocast or without."""
+    return DepthStream.allocate(slots, batch, tokens, kv_heads, head_dim, like=like)

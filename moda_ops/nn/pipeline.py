@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from moda_ops.nn.layers import rotary_angles
-from moda_ops.nn.model import MoDABlock, MoDALanguageModel, allocate_stream, output_layer
+from moda_ops.nn.layers import output_layer, rotary_angles
+from moda_ops.nn.model import MoDABlock, MoDALanguageModel, allocate_stream
 from moda_ops.stream import DepthSlots, DepthStream
 
 
@@ -67,27 +67,26 @@ class PipelineStage(nn.Module):
             slots: (written, B, T, H, 2 D), keys and values side by side, from the stage before.
                 Under ``depth="residual"`` there are none, and x travels alone.
         """
-        B, T = x.shape[:2]
-        rotary = rotary_angles(
-            torch.arange(T, device=x.device), self.config.head_dim, self.config.rope_base
-        )
         if self.begins and self.embedding is not None:
             x = self.embedding(x)
-        stream = self._stream(B, T, slots)
+        rotary = rotary_angles(
+            torch.arange(x.shape[1], device=x.device), self.config.head_dim, self.config.rope_base
+        )
+        stream = self._stream(x, slots)
         for block in self.blocks.values():
             x, stream = block(x, rotary, stream)
         if self.ends and self.embedding is not None:
-            return output_layer(self.norm(x), self.embedding.weight)
+            return output_layer(self.norm(x), self.embedding, self.config.vocab_size)
         return (x, stream.read()) if isinstance(stream, DepthStream) else x
 
-    def _stream(self, batch: int, tokens: int, slots: Tensor | None) -> DepthStream | DepthSlots:
+    def _stream(self, x: Tensor, slots: Tensor | None) -> DepthStream | DepthSlots:
         """What the stages before have written, and room for what this one writes."""
         if self.config.depth_slots() == 0:
             return DepthSlots()
         D, received = self.config.head_dim, [] if slots is None else slots.unbind()
         size = len(received) + sum(_writes(block) for block in self.blocks.values())
-        weight = next(self.parameters())
-        stream = allocate_stream(size, batch, tokens, self.kv_heads, D, like=weight)
+        B, T = x.shape[:2]
+        stream = allocate_stream(size, B, T, self.kv_heads, D, like=x)
         for slot in received:
             stream = stream.write(slot[..., :D], slot[..., D:])
         return stream

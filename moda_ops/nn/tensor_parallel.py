@@ -1,7 +1,10 @@
 """Tensor parallelism: heads, hidden units and vocabulary shared out among the ranks of a mesh."""
 
+from typing import Any
+
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -16,6 +19,29 @@ from moda_ops.nn.model import MoDALanguageModel
 
 # Of forward. One input for all of a module's projections sums their gradients before the ranks do.
 ARGUMENTS = {MoDAAttention: 3, FeedForward: 1, DepthProjection: 2}
+
+
+class VocabularyParallel(ParallelStyle):
+    """A :class:`moda_ops.nn.TokenEmbedding` sharded by tokens: rows are whole, logits sharded."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, mesh, _shard_rows, _replicated, _rows_or_logits)
+
+
+def _shard_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    for key, parameter in module.named_parameters(recurse=False):
+        rows = distribute_tensor(parameter, mesh, [Shard(0)])
+        module.register_parameter(key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+
+
+def _replicated(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+
+
+def _rows_or_logits(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Any:
+    if output.placements[0].is_shard():
+        return output  # logits
+    return output.redistribute(mesh, [Replicate()]).to_local()
 
 
 def tensor_parallel(model: MoDALanguageModel, mesh: DeviceMesh) -> MoDALanguageModel:
@@ -62,7 +88,7 @@ def tensor_parallel(model: MoDALanguageModel, mesh: DeviceMesh) -> MoDALanguageM
         raise ValueError(
             f"mesh has {mesh.size()} ranks, which must divide kv_heads = {config.kv_heads}"
         )
-    plan: dict[str, ParallelStyle] = {"embedding": RowwiseParallel(input_layouts=Replicate())}
+    plan: dict[str, ParallelStyle] = {"embedding": VocabularyParallel()}
     for name, module in model.named_modules():
         kind = name.rpartition(".")[2]
         if type(module) in ARGUMENTS:

@@ -130,5 +130,5 @@ class MoDAClassifier(MoDATransformer):
             )
         x = self.embedding(images)
         if stream is None:
-            stream = self.stream(len(x), c.tokens)
+            stream = self.stream(len(x), c.tokens, like=x)
         return self.head(self.hidden(x, None, stream)[:, -1])

@@ -1,0 +1,78 @@
+"""Compile a model block by block."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import accumulate
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moda_ops.nn.model import MoDABlock, MoDATransformer
+from moda_ops.stream import DepthStream
+
+
+def compile_blocks(model: MoDATransformer, **options: Any) -> None:
+    """Compile every block as one graph, in place; blocks of a kind share their graphs.
+
+    PyTorch compiles a function again for gradients on or off and for other lengths and batch sizes,
+    and stops at 8 variants (``torch._dynamo.config.recompile_limit``), with an error under
+    ``fullgraph``. The first block, which reads no slot, and the last one, which writes none, are
+    variants too. ``block.compile()`` makes all of them variants of one function, which is too much;
+    here each kind of block is a function.
+
+    Args:
+        model: a language model or a classifier. Parameters keep their names, and a copy of the
+            model is not compiled.
+        options: of ``torch.compile``; ``fullgraph`` is True unless given. ``dynamic=True`` compiles
+            once for all lengths, where PyTorch otherwise compiles again at the second length.
+
+    Example:
+        >>> from moda_ops.nn import MoDAConfig, MoDALanguageModel
+        >>> model = MoDALanguageModel(MoDAConfig(
+        ...     vocab_size=256, layers=4, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
+        ... ))
+        >>> compile_blocks(model, backend="eager")
+        >>> with torch.no_grad():
+        ...     model(torch.randint(256, (1, 5))).shape
+        torch.Size([1, 5, 256])
+    """
+    kinds = _kinds(model)
+    compiled = {
+        kind: torch.compile(_function(kind), **{"fullgraph": True} | options) for kind in set(kinds)
+    }
+    for block, kind in zip(model.blocks, kinds, strict=True):
+        block._compiled_call_impl = partial(_call, compiled[kind], block)  # as Module.compile does
+
+
+Kind = tuple[int, bool, bool]
+"""Slots before the block, 2 for more than one; whether any was dropped; whether it writes none."""
+
+
+def _kinds(model: MoDATransformer) -> list[Kind]:
+    config, kept = model.config, model.depth_kept
+    slots = list(accumulate(config.depth_writes()))
+    if config.depth_keep is not None:
+        slots = [len(stay) for stay in config.depth_keep]
+    first = next((i for i, places in enumerate(kept) if places is not None), config.layers)
+    ends = [isinstance(block, MoDABlock) and not block.continues for block in model.blocks]
+    return [(min(n, 2), i >= first, ends[i]) for i, n in enumerate(slots)]
+
+
+def _run(block: nn.Module, *inputs: Any) -> Any:
+    return block._call_impl(*inputs)
+
+
+@cache
+def _function(kind: Kind) -> Callable[..., Any]:
+    """``_run`` with a code object of its own: PyTorch counts variants by code object."""
+    return FunctionType(_run.__code__.replace(co_name=f"block_{kind}"), globals())
+
+
+def _call(compiled: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
+    for stream in inputs:
+        if isinstance(stream, DepthStream) and not torch.compiler.is_compiling():
+            # Else the second block's number of slots would be compiled for.
+            torch._dynamo.maybe_mark_dynamic(stream.token, 0)
+    return compiled(block, *inputs)
