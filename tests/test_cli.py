@@ -80,7 +80,7 @@ def test_output_folder_that_takes_no_files(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_missing_extras_name_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    result = moda_ops("demo", "--output", str(tmp_path))
+    result = moda_ops("demo", "--device", "cpu", "--output", str(tmp_path))
     assert result.exit_code == 1
     assert "moda-ops demo needs matplotlib and tqdm: pip install 'moda-ops[demo]'" in result.stderr
 

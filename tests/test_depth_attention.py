@@ -73,7 +73,9 @@ def test_without_slots(form, dtype, device):
 @pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0)])
 def test_empty_batch_and_sequence(B, T, device):
     inputs = make_inputs(B, T, 2, 1, 16, 2, S=0, DV=24, device=device)
-    out, lse, grads = run_depth()(inputs, torch.zeros(B, T, 2, 24), torch.zeros(B, 2, T))
+    out, lse, grads = run_depth()(
+        inputs, torch.zeros(B, T, 2, 24, device=device), torch.zeros(B, 2, T, device=device)
+    )
     assert out.shape == (B, T, 2, 24) and lse.shape == (B, 2, T)
     assert [g.shape for g in grads.leaves()] == [x.shape for x in inputs.leaves()]
 

@@ -13,6 +13,7 @@ import re
 import runpy
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -49,7 +50,9 @@ def test_section(section, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # README's example runs through Inductor, these through all that comes before it.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    exec(compile("\n".join(SECTIONS[section]), section, "exec"), {"__name__": section})
+    module = ModuleType(section)
+    monkeypatch.setitem(sys.modules, section, module)  # where Dynamo looks for its names
+    exec(compile("\n".join(SECTIONS[section]), section, "exec"), vars(module))
 
 
 @pytest.mark.parametrize("page", SESSIONS)

@@ -41,6 +41,7 @@ ELSEWHERE = {  # script: the test that runs it
     "tests/benchmarks/parallel_step.py": "tests/test_distributed.py",
     "tests/fuzz.py": "tests/test_fuzz.py",
     "tests/kernels/compile_for.py": "tests/kernels/test_other_gpus.py",
+    "tests/kernels/every_kernel.py": "tests/kernels/test_other_gpus.py",
     "tutorials/execute.py": "tests/test_tutorials.py",
 }
 

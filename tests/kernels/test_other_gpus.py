@@ -22,7 +22,14 @@ def test_shared_memory_suffices_and_lengths_share_compilations(capability: int, 
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    needed, compilations = json.loads(done.stdout)
+    needed, compilations, narrow = json.loads(done.stdout)
     assert len(needed) == 12
     assert max(needed.values()) <= LEAST, needed
     assert compilations == compilations[:1] * 3
+    assert narrow == []
+
+
+def test_every_kernel_runs():
+    command = [sys.executable, str(SCRIPT.with_name("every_kernel.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -25,9 +25,11 @@ def as_stream(inputs, newest, grad_dtype, places=None):
     slots = list(zip(k_depth, v_depth, strict=True)) + ([(k, v)] if newest else [])
     shape = (q.shape[0], q.shape[1], k.shape[2], k.shape[3] + v.shape[3])
     places = range(len(slots)) if places is None else places
-    buffer = q.new_full((max(places, default=0) + 2, *shape), float("nan"))
+    buffer = torch.ops.moda.stream_buffer(q.new_empty(0), (max(places, default=0) + 2, *shape))
+    buffer.fill_(float("nan"))
+    empty = q.new_empty(0, *shape, dtype=grad_dtype)
     for place, pair in zip([n for n in places if n >= 0], slots, strict=True):
-        buffer[place] = torch.cat(pair, -1)
+        torch.ops.moda.stream_write(*pair, buffer, empty, place)
     token = torch.empty_strided((len(places), *shape), (0,) * 5, dtype=grad_dtype, device=q.device)
     return buffer, token
 
