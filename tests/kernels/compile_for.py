@@ -1,6 +1,6 @@
-"""Compile every kernel for a GPU that is not there; print what shared memory each needs, in bytes,
-how often they have been compiled in all after each of three lengths, and which strides are multiplied
-in 32 bits.
+"""Compile every kernel for a GPU that is not there. Print what shared memory each needs, in bytes,
+how often they have been compiled after each of three lengths, and which strides they multiply in
+32 bits.
 
     TRITON_INTERPRET=0 python compile_for.py CAPABILITY SHARED_MEMORY HEAD_DIM DTYPE G
 
@@ -36,11 +36,10 @@ class Driver:
 
 
 def narrow_strides(ttir: str) -> set[str]:
-    """Which strides, among a kernel's arguments, are multiplied in 32 bits: such offsets overflow."""
+    """Which of a kernel's strides are multiplied in 32 bits: such offsets overflow."""
     value = r"(%[\w#]+)"
-    same = re.findall(
-        rf"{value} = (?:tt\.splat|tt\.broadcast|tt\.expand_dims|arith\.\w*ext\w*) {value}", ttir
-    )
+    view = r"(?:tt\.splat|tt\.broadcast|tt\.expand_dims|arith\.\w*ext\w*)"
+    same = re.findall(rf"{value} = {view} {value}", ttir)
     source = dict(same)
     found = set()
     for *factors, kind in re.findall(rf"= arith\.muli {value}, {value} : (\S+)", ttir):

@@ -1,4 +1,4 @@
-"""Run every kernel once, for instance under a sanitizer; the calls are those that compile_for.py compiles.
+"""Run every kernel once, for instance under a sanitizer. compile_for.py compiles the same calls.
 
     compute-sanitizer --tool memcheck python tests/kernels/every_kernel.py
     compute-sanitizer --tool racecheck python tests/kernels/every_kernel.py
