@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moda_ops.checks import BATCHED, Axes, Plan, check_both
 from moda_ops.names import knows_other_names
+from moda_ops.ops import sum_dtype
 
 Depth = Sequence[Tensor] | Tensor
 Window = int | tuple[int | None, int | None]
@@ -144,7 +145,7 @@ def moda_attention(
         softcap=softcap,
         plan=plan,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse.to(sum_dtype(q))) if return_lse else out
 
 
 def check_tensors(**arguments: object) -> None:

@@ -18,7 +18,7 @@ from moda_ops.attention import (
 )
 from moda_ops.checks import check_backward, check_depth_attention, depth_heads
 from moda_ops.names import knows_other_names
-from moda_ops.ops import LIBRARY, Options
+from moda_ops.ops import LIBRARY, Options, sum_dtype
 
 LIBRARY.define(
     "depth_attention(Tensor q, Tensor[] k_depth, Tensor[] v_depth, "
@@ -123,7 +123,7 @@ def moda_depth_attention(
         scale=scale,
         softcap=softcap,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse.to(sum_dtype(q))) if return_lse else out
 
 
 def _no_sequence(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tuple[Tensor, Tensor]:

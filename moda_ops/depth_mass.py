@@ -157,7 +157,7 @@ def moda_sink_mass(
     (B, T, HQ, D), (_, S, H, _) = q.shape, k.shape
     dtype = k.dtype if k.dtype is not q.dtype and autocast_enabled(q.device) else q.dtype
     check_like("k", k, (B, S, H, D), "(B, S, H, D)", dtype, q.device)  # autocast casts both
-    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", ops.lse_dtype(q), q.device)
+    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", ops.sum_dtype(q), q.device)
     left = None if left is None else min(left, T + S)  # larger sides could wrap in 64 bits
     right = 0 if causal else None if right is None else min(right, T + S)
     token = torch.arange(T, device=q.device)
@@ -207,16 +207,16 @@ def _documents(
 
 def _mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tensor:
     opts = Options(**options)
-    check_depth_mass(q, k_depth, lse, ops.lse_dtype(q), opts)
+    check_depth_mass(q, k_depth, lse, ops.sum_dtype(q), opts)
     scale, _, _, softcap, _ = opts.resolved(q.shape[-1])
     mass: Tensor = ops.implementation(q).depth_mass(q, k_depth, lse, scale, softcap)
     return mass
 
 
 def _mass_fake(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tensor:
-    check_depth_mass(q, k_depth, lse, ops.lse_dtype(q), Options(**options))
+    check_depth_mass(q, k_depth, lse, ops.sum_dtype(q), Options(**options))
     slots = k_depth[0].shape[2] if is_packed(k_depth) else len(k_depth)
-    return q.new_empty(q.shape[0], q.shape[2], slots, dtype=ops.lse_dtype(q))
+    return q.new_empty(q.shape[0], q.shape[2], slots, dtype=ops.sum_dtype(q))
 
 
 for _device in ("CPU", "CUDA"):

@@ -28,6 +28,15 @@ def depth_slots(depth: list[Tensor]) -> list[Tensor]:
     return list(depth[0].unbind(2)) if packed else depth
 
 
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Of the lse that a backward operator takes. Of float32 inputs float64: at 1,000 the spacing of
+    float32 numbers is 6e-5, and a probability exp(score - lse) would be wrong by as much.
+    """
+    return (
+        torch.float64 if q.dtype is torch.float32 else torch.promote_types(q.dtype, torch.float32)
+    )
+
+
 CuSeqlens = tuple[Tensor, Tensor] | None
 """Where documents packed in one batch entry begin, in queries and in keys, and the last ends."""
 
@@ -169,7 +178,7 @@ def attention(
     """``moda::attention``: out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T)."""
     B, T, HQ, _ = q.shape
     out = q.new_empty(B, T, HQ, v.shape[-1])
-    lse = q.new_empty(B, HQ, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(B, HQ, T, dtype=lse_dtype(q))
     k_slots, v_slots = depth_slots(k_depth), depth_slots(v_depth)
     for rows, keys in _blocks(T, k.shape[1], left, right, cu_seqlens):
         part, some_k, some_v = q[:, rows], k[:, keys], v[:, keys]
@@ -331,7 +340,7 @@ def chunk_attention(
     scores, _ = _chunk_scores(rows, keys, chunk_keys, C, scale, left, softcap)
     p, lse = _softmax(scores)
     out = p[..., :S] @ values + _joined(_chunks(p[..., S:], C) @ chunk_values, T)
-    return _ungrouped(out).to(q.dtype).contiguous(), lse.flatten(1, 2)
+    return _ungrouped(out).to(q.dtype).contiguous(), lse.flatten(1, 2).to(lse_dtype(q))
 
 
 @_without_autocast

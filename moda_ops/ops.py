@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moda_ops import autograd, eager
 from moda_ops.checks import check_attention, check_backward
+from moda_ops.eager import lse_dtype
 
 LIBRARY = torch.library.Library("moda", "DEF")  # the registrations live as long as this object
 OPTIONS = (
@@ -69,7 +70,8 @@ def empty_like(tensors: list[Tensor]) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in tensors]
 
 
-def lse_dtype(q: Tensor) -> torch.dtype:
+def sum_dtype(q: Tensor) -> torch.dtype:
+    """Of what users see beside out: at least float32."""
     return torch.promote_types(q.dtype, torch.float32)
 
 

@@ -25,6 +25,7 @@ from moda_ops.checkpointing import REENTRANT, in_reentrant_forward
 from moda_ops.checks import EMPTY_STREAM, Plan, slots_left
 from moda_ops.depth_attention import moda_depth_attention
 from moda_ops.names import knows_other_names
+from moda_ops.ops import sum_dtype
 from moda_ops.varlen import moda_attention_varlen
 
 
@@ -342,6 +343,7 @@ class DepthStream(NamedTuple):
             softcap=softcap,
             plan=plan,
         )
+        lse = lse.to(sum_dtype(q))
         if self._cuts_gradients():
             return out, lse, self
         places = self.places

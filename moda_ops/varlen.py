@@ -22,7 +22,7 @@ from moda_ops.attention import (
 )
 from moda_ops.checks import PACKED, Plan, check_attention, check_backward, check_cu_seqlens
 from moda_ops.names import knows_other_names
-from moda_ops.ops import LIBRARY, OPTIONS, Options, empty_like, lse_dtype
+from moda_ops.ops import LIBRARY, OPTIONS, Options, empty_like, lse_dtype, sum_dtype
 
 LIBRARY.define(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "
@@ -279,4 +279,4 @@ def moda_attention_varlen(
         softcap=softcap,
         plan=plan,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse.to(sum_dtype(q))) if return_lse else out
