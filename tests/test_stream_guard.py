@@ -352,6 +352,7 @@ def test_to_another_device():
     assert_same(*results)
     moved = stream.to("meta")
     assert moved.buffer.is_meta and moved.token.is_meta and moved.written == 2
+    assert [key.shape for key in moved.keys()] == [key.shape for key in stream.keys()]
 
 
 # Threads
