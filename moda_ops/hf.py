@@ -349,13 +349,9 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.embedding = value
         self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
 
-    def get_output_embeddings(self) -> torch.nn.Linear:
-        """A layer with the embedding's weight, for code that asks for one; not a module within."""
-        weight = self.model.embedding.weight
-        vocab_size, width = weight.shape
-        layer = torch.nn.Linear(width, vocab_size, bias=False, device="meta")
-        layer.weight = weight
-        return layer
+    def get_output_embeddings(self) -> torch.nn.Module:
+        """The embedding: called with hidden states (..., width) it returns logits."""
+        return self.model.embedding
 
     def set_output_embeddings(self, value: object) -> None:
         """Nothing to do for the embedding's own weight, and an error for any other."""

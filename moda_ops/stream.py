@@ -22,7 +22,7 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.checkpointing import REENTRANT, in_reentrant_forward
-from moda_ops.checks import EMPTY_STREAM, Plan, slots_left
+from moda_ops.checks import EMPTY_STREAM, Plan, check_both, slots_left
 from moda_ops.depth_attention import moda_depth_attention
 from moda_ops.names import knows_other_names
 from moda_ops.ops import sum_dtype
@@ -46,7 +46,8 @@ class DepthStream(NamedTuple):
 
     Attributes:
         buffer: (slots, B, T, H, D + DV), keys and values side by side. Slots that are not written
-            hold anything.
+            hold anything. Use ``keys`` or ``read`` to look at slots: a compiled function that
+            slices the buffer itself may read a slot before it is written.
         token: (written, B, T, H, D + DV) in the dtype of gradients; one element of storage. It
             stands for the written slots in autograd.
         head_dim: D, where keys end and values begin.
@@ -517,6 +518,7 @@ class DepthSlots(NamedTuple):
     ) -> "tuple[Tensor, Tensor, DepthSlots]":
         """:meth:`attend`, and ``lse`` (B, HQ, T) before the stream."""
         self._check_reentrant()
+        check_both("k", k, "v", v)
         k_depth, v_depth = list(self.k), list(self.v)
         if k is None or v is None:
             if not self.k:

@@ -159,8 +159,10 @@ def check_written(buffer: Tensor, places: Sequence[int], *, forward: bool = True
     """Raise RuntimeError if one of these slots holds nothing, as far as it is known.
 
     Two kinds of copies are read: what a hook has moved to the CPU and back, in backward, and what a
-    CUDA graph makes of its inputs.
+    CUDA graph makes of its inputs. A meta tensor holds nothing that could be wrong.
     """
+    if buffer.is_meta:
+        return
     record = _record(buffer)
     if record is None:
         in_backward = torch._C._current_graph_task_id() != -1 or recomputation() is not None

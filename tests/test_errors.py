@@ -71,6 +71,8 @@ CASES = [
     (dict(window=-1), ValueError, "window sides must be >= 0 (None is unbounded), got -1"),
     (dict(window=(1, 2, 3)), TypeError, "window must be None, an int or a tuple (left, right), got (1, 2, 3)"),
     (dict(window=(1.5, 0)), TypeError, "window sides must be ints or None, got 1.5"),
+    (dict(window=2**63), ValueError, f"window sides must be below 2**63, the end of 64-bit integers, got {2**63}"),
+    (dict(scale=10**40), ValueError, f"scale must be below 2**63, the end of 64-bit integers, got {10**40}"),
     (dict(plan=3), TypeError, "plan must be a string, got 3"),
     (dict(plan="fast"), ValueError, "plan must be one of 'auto', 'fused', 'split', got 'fast'"),
 ]  # fmt: skip

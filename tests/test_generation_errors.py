@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moda_ops.nn import KVCache, generate
+from moda_ops.nn import CachedStream, KVCache, generate
 from test_generation import CONFIG, make_model
 
 
@@ -74,3 +74,13 @@ def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -
     with pytest.raises(error) as caught:
         generate(**arguments)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [(None, "the depth stream is empty"), (torch.zeros(1, 1, 2, 8), "k is given but v is None")],
+)
+def test_a_layer_without_keys_or_values(keys: torch.Tensor | None, message: str) -> None:
+    stream = CachedStream(KVCache.allocate(CONFIG, batch=1, capacity=8), start=0)
+    with pytest.raises(ValueError, match=message):
+        stream.attend(torch.zeros(1, 1, 4, 8), keys)

@@ -548,6 +548,7 @@ def test_sizes_and_modules_go_by_the_names_that_others_look_for() -> None:
         model._no_split_modules
     )
     layer, hidden = model.get_output_embeddings(), torch.randn(2, 36)
+    assert layer in set(model.modules())  # tools look for its name
     assert layer.weight is model.get_input_embeddings().weight
     assert torch.equal(layer(hidden), model.model.logits(hidden))
     model.set_output_embeddings(layer)
@@ -587,7 +588,7 @@ def test_adapters_on_the_embedding_are_on_the_output_layer_too(rank: int) -> Non
     peft = pytest.importorskip("peft")
     model, tokens = make_model(), torch.randint(60, (2, 9))
     plain = model(tokens).logits.detach()
-    options = dict(modules_to_save=["embedding"], target_modules=["q_proj"])
+    options = dict(modules_to_save=["embedding"], target_modules="all-linear")
     if rank:
         options = dict(target_modules=["embedding", "q_proj"], r=rank)
     adapted = peft.get_peft_model(model, peft.LoraConfig(**options, init_lora_weights=False))

@@ -709,6 +709,11 @@ MISUSES = [
         "k is given but v is None; give both or neither",
     ),
     (
+        lambda: DepthSlots().write(K, V).attend(Q, K),
+        ValueError,
+        "k is given but v is None; give both or neither",
+    ),
+    (
         lambda: allocate(1).write(K, V).attend(Q[:, :3]),
         ValueError,
         "q must have shape (B, T, HQ, D) with B = 2 and T = 6, as the depth stream was allocated "

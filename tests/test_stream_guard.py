@@ -352,6 +352,8 @@ def test_to_another_device():
     assert_same(*results)
     moved = stream.to("meta")
     assert moved.buffer.is_meta and moved.token.is_meta and moved.written == 2
+    keys, moved_keys = stream.keys(), moved.keys()
+    assert [key.shape for key in moved_keys] == [key.shape for key in keys]
 
 
 # Threads

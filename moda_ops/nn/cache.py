@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moda_ops.attention import moda_attention
+from moda_ops.checks import EMPTY_STREAM, check_both
 from moda_ops.decode import moda_decode
 from moda_ops.nn.config import BlockConfig
 from moda_ops.stream import DepthSlots
@@ -126,8 +127,11 @@ class CachedStream(NamedTuple):
         what :func:`moda_ops.moda_decode` and :func:`moda_ops.moda_attention` raise.
         """
         _check_causal(causal)
+        check_both("k", k, "v", v)
         k_depth, v_depth = list(self.slots.k), list(self.slots.v)
         if k is None or v is None:
+            if not k_depth:
+                raise ValueError(EMPTY_STREAM)
             k, v = k_depth.pop(), v_depth.pop()
         return self._attend(q, k, v, k_depth, v_depth)
 
