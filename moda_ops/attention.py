@@ -167,14 +167,14 @@ def check_int(name: str, value: object, least: int) -> int:
         raise TypeError(f"{name} must be an int, got {_repr(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    _check_bits(name, value)
+    _check_64_bits(name, value)
     return value  # type: ignore[return-value]
 
 
-def _check_bits(name: str, value: object) -> None:
-    """PyTorch's own error for a larger int does not say what is wrong."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError(f"{name} must be below 2**63, the end of 64-bit integers, got {value}")
+def _check_64_bits(name: str, value: object) -> None:
+    """What PyTorch's operators take for an int."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits if it is an int, got {value}")
 
 
 def check_option(name: str, value: object) -> None:
@@ -182,7 +182,7 @@ def check_option(name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number or None, got {_repr(value)}")
-    _check_bits(name, value)
+    _check_64_bits(name, value)
 
 
 def _repr(value: object) -> str:
@@ -256,5 +256,5 @@ def window_sides(window: Window | None) -> tuple[int | None, int | None]:
             raise TypeError(f"window sides must be ints or None, got {_repr(side)}")
         if side is not None and side < 0:
             raise ValueError(f"window sides must be >= 0 (None is unbounded), got {window!r}")
-        _check_bits("window sides", side)
+        _check_64_bits("a window side", side)
     return sides

@@ -2,8 +2,9 @@
 
 A stream's slot may be written a second time only where a block is recomputed. PyTorch does not
 say whether it recomputes, so this module looks for its functions on the call stack. Streams look
-only when a slot is written again, and when one is allocated while gradients are disabled, as they
-are within compiled code. An eager training step without checkpoints never looks.
+only when a slot is written again, and when a stream is allocated or, in eager code, written while
+gradients are disabled, as they are within compiled code. An eager training step without checkpoints
+never looks.
 """
 
 import sys

@@ -207,16 +207,21 @@ def _documents(
 
 def _mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tensor:
     opts = Options(**options)
-    check_depth_mass(q, k_depth, lse, ops.sum_dtype(q), opts)
+    check_depth_mass(q, k_depth, lse, _lse_dtypes(q), opts)
     scale, _, _, softcap, _ = opts.resolved(q.shape[-1])
     mass: Tensor = ops.implementation(q).depth_mass(q, k_depth, lse, scale, softcap)
     return mass
 
 
 def _mass_fake(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tensor:
-    check_depth_mass(q, k_depth, lse, ops.sum_dtype(q), Options(**options))
+    check_depth_mass(q, k_depth, lse, _lse_dtypes(q), Options(**options))
     slots = k_depth[0].shape[2] if is_packed(k_depth) else len(k_depth)
     return q.new_empty(q.shape[0], q.shape[2], slots, dtype=ops.sum_dtype(q))
+
+
+def _lse_dtypes(q: Tensor) -> set[torch.dtype]:
+    """Of the operators' lse, and of what the public functions make of it."""
+    return {ops.lse_dtype(q), ops.sum_dtype(q)}
 
 
 for _device in ("CPU", "CUDA"):

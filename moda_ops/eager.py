@@ -417,7 +417,7 @@ def depth_mass(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         mass.append(torch.exp(scores - lse).masked_fill(nothing, 0.0).sum(-1) / max(T, 1))
-    return torch.stack(mass, -1).flatten(1, 2)
+    return torch.stack(mass, -1).flatten(1, 2).to(dtype)
 
 
 @_without_autocast

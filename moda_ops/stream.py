@@ -212,6 +212,7 @@ class DepthStream(NamedTuple):
         """
         check_tensors(k=k, v=v)
         self._check_head_dim("k", k)
+        self._check_reentrant(writes=True)
         if self._cuts_gradients():
             # The slot has no gradient, but those before it have: the token must go on.
             with torch.inference_mode(False), torch.enable_grad():
@@ -222,6 +223,20 @@ class DepthStream(NamedTuple):
         end = self.places[-1]
         token = torch.ops.moda.stream_write(k, v, self.buffer, self.token, end)
         return DepthStream(self.buffer, token, self.head_dim, (*self.places, end + 1))
+
+    def _traced(self) -> bool:
+        """Whether the buffer is no memory of its own: of a compiler, a transform or a subclass."""
+        seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return seen or type(self.buffer) is not Tensor
+
+    def _check_reentrant(self, *, writes: bool = False) -> None:
+        """Raise RuntimeError where a slot should have a gradient that a checkpoint has dropped."""
+        if self._traced():
+            return
+        if torch.is_grad_enabled():
+            stream_ops.check_gradients(self.buffer)
+        elif writes and in_reentrant_forward():
+            stream_ops.mark_without_gradient(self.buffer)
 
     def _cuts_gradients(self) -> bool:
         """Whether the slots need gradients and the mode here is one that would drop them."""
@@ -243,6 +258,7 @@ class DepthStream(NamedTuple):
             >>> torch.equal(stream.write(k, v).read()[0], torch.cat((k, v), -1))
             True
         """
+        self._check_reentrant()
         places = None if self.places is None else self.places[:-1]
         return torch.ops.moda.stream_read(self.buffer, self.token, places)
 
@@ -329,6 +345,7 @@ class DepthStream(NamedTuple):
         check_option("softcap", softcap)
         check_plan(plan)
         left, right = window_sides(window)
+        self._check_reentrant()
         out, lse, token = torch.ops.moda.stream_attention(
             q,
             k,
@@ -359,8 +376,7 @@ class DepthStream(NamedTuple):
         does not see who writes to the buffer, and might read it too early.
         """
         places = None if self.places is None else self.places[:-1]
-        seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if seen or type(self.buffer) is not Tensor:
+        if self._traced():
             copy = torch.ops.moda.stream_read(self.buffer, self.token.detach(), places)
             return [copy[i][..., : self.head_dim] for i in range(self.written)]
         there = [i for i in (places or range(self.written)) if i >= 0]

@@ -78,6 +78,7 @@ class _Record:
         self.written = 0
         self.backward = torch._C._current_graph_task_id()  # -1 outside of any
         self.inside_reentrant = not torch.is_grad_enabled() and in_reentrant_forward()
+        self.without_gradient = False  # written in the first pass of a reentrant checkpoint
 
 
 _records: dict[int, _Record] = {}
@@ -119,9 +120,22 @@ def _check_reentrant(record: _Record) -> None:
         raise RuntimeError(REENTRANT)
 
 
+def mark_without_gradient(buffer: Tensor) -> None:
+    """Note that a reentrant checkpoint writes to it in its pass without gradients."""
+    if record := _record(buffer):
+        record.without_gradient = True
+
+
+def check_gradients(buffer: Tensor) -> None:
+    """Raise RuntimeError where a slot should have a gradient that such a pass has dropped."""
+    record = _record(buffer)
+    if record and record.without_gradient and not in_reentrant_forward():
+        raise RuntimeError(REENTRANT)
+
+
 def _refuse_copy() -> NoReturn:
     raise RuntimeError(
-        "this is a copy of a depth stream (cloned, moved, unpickled, or what a CUDA graph "
+        "this is a copy of a depth stream (cloned, cast, moved, unpickled, or what a CUDA graph "
         "returned), and nobody knows which of its slots are written: go on with the stream itself, "
         "or move it with stream.to(device)"
     )

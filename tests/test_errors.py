@@ -59,6 +59,8 @@ CASES = [
     (dict(k_depth=[SLOT, SLOT], v_depth=zeros(B, T, 2, H, DV)), ValueError, "k_depth and v_depth must both be lists of slots or both packed tensors, got a list of length 2 and one packed tensor of shape (2, 5, 2, 2, 24)"),
     (dict(scale=torch.tensor(0.5)), TypeError, "scale must be a number or None, got tensor(0.5000); call .item()"),
     (dict(scale=1e39), ValueError, "scale must be within -1e+30..1e+30, got 1e+39"),
+    (dict(scale=2**63), ValueError, "scale must fit in 64 bits if it is an int, got 9223372036854775808"),
+    (dict(window=(2**63, 0)), ValueError, "a window side must fit in 64 bits if it is an int, got 9223372036854775808"),
     (dict(softcap=2.4e38), ValueError, "softcap must be within 1e-07..1e+30, got 2.4e+38"),
     (dict(softcap=1e-8), ValueError, "softcap must be within 1e-07..1e+30, got 1e-08"),
     (dict(window=np.int64(3)), TypeError, "window must be None, an int or a tuple (left, right), got np.int64(3); call .item()"),
@@ -71,8 +73,6 @@ CASES = [
     (dict(window=-1), ValueError, "window sides must be >= 0 (None is unbounded), got -1"),
     (dict(window=(1, 2, 3)), TypeError, "window must be None, an int or a tuple (left, right), got (1, 2, 3)"),
     (dict(window=(1.5, 0)), TypeError, "window sides must be ints or None, got 1.5"),
-    (dict(window=2**63), ValueError, f"window sides must be below 2**63, the end of 64-bit integers, got {2**63}"),
-    (dict(scale=10**40), ValueError, f"scale must be below 2**63, the end of 64-bit integers, got {10**40}"),
     (dict(plan=3), TypeError, "plan must be a string, got 3"),
     (dict(plan="fast"), ValueError, "plan must be one of 'auto', 'fused', 'split', got 'fast'"),
 ]  # fmt: skip

@@ -113,6 +113,14 @@ def two_parts(x, stream, weights):
     return x
 
 
+def writes_alone(x, stream, weights):
+    """No reader is between the writes, so no token with a gradient reaches a checkpoint."""
+    for w in weights:
+        (stream,) = checkpoint(lambda w, x, s: [s.write(x * w, x)], w, x, stream,
+                               use_reentrant=True)  # fmt: skip
+    return stream.attend(x)[0]
+
+
 class OfAnotherLibrary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, w, x, box):
@@ -148,6 +156,7 @@ def of_another_library(x, stream, weights):
         first_block_alone,
         begun_inside,
         two_parts,
+        writes_alone,
     ],
 )
 def test_a_reentrant_checkpoint_is_an_error(model, begin):
@@ -187,6 +196,20 @@ def test_a_reentrant_checkpoint_may_hold_a_whole_stream(begin):
         return checkpoint(lambda x: loop(x, begin(), weights), x, use_reentrant=True)
 
     assert_same(gradients(model, None), gradients(loop, DepthSlots()))
+
+
+@pytest.mark.parametrize("begin", [allocate, DepthSlots])
+@torch.no_grad()
+def test_a_reentrant_checkpoint_is_harmless_without_gradients(begin):
+    x, weights = randn(), [randn(i).requires_grad_() for i in range(LAYERS)]
+    stream = begin()
+    for w in weights:
+        (stream,) = checkpoint(lambda w, s: [s.write(x * w, x)], w, stream, use_reentrant=True)
+    out, _ = stream.attend(x)
+    stream = begin()
+    for w in weights:
+        stream = stream.write(x * w, x)
+    assert torch.equal(out, stream.attend(x)[0])
 
 
 # Recomputation by other means, and offloading
