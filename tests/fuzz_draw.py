@@ -95,15 +95,20 @@ class Draw:
         D = self.size("D")
         return D, self.size("DV", of="D") if self.chance("other DV", 0.3) else D
 
+    def tokens(self, n: int, *head_dims: int) -> int:
+        """n or n + 1, so that no stride is a multiple of 16 for n = 16 alone."""
+        return n | 1 if n and self.device == "cuda" and any(D % 16 for D in head_dims) else n
+
     def shape(self, **fixed: Any) -> dict[str, Any]:
         """Keyword arguments of ``make_inputs``."""
         B, T, H, G, L = map(self.size, "BTHGL")
         D, DV = self.head_dims()
         row = B * H * G * (D + DV)  # NumPy takes a while for large ones
-        T = self.drawn["T"] = min(T, math.isqrt(200_000_000 // row))
+        T = self.tokens(min(T, math.isqrt(200_000_000 // row)), D, DV)
         fixed["L"] = min(fixed.get("L", L), max(1, 8_000_000 // max(1, T * row)))
         other = self.random.choice(SIZES[self.device]["T"])
-        S = self("S", T, T, T + 1, T + 9, other)
+        S = self.tokens(self.random.choice((T, T, T + 1, T + 9, other)), D, DV)
+        self.drawn |= dict(T=T, S=S)
         shape = dict(B=B, T=T, HQ=G * H, H=H, D=D, L=L, S=S, DV=DV, dtype=self.size("dtype"))
         shape |= dict(form=self("form", "list", "packed")) | fixed
         self.drawn |= fixed

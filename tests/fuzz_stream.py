@@ -69,9 +69,9 @@ class Program:
 
     def __init__(self, draw: Draw, *, refused: bool) -> None:
         """Steps that are allowed where they stand; ``refused``: some that streams may refuse."""
-        self.B, self.T = draw.size("B"), draw("T", *filter(None, SIZES[draw.device]["T"][:7]))
+        self.B, T = draw.size("B"), draw("T", *filter(None, SIZES[draw.device]["T"][:7]))
         (self.D, DV), self.H, G = draw.head_dims(), draw.size("H"), draw.size("G")
-        self.DV, self.HQ = min(self.D, DV), self.H * G
+        self.DV, self.HQ, self.T = min(self.D, DV), self.H * G, draw.tokens(T, self.D, DV)
         names = STEPS + (draw("refused", *REFUSED),) * (refused and draw.chance("refuse", 0.2))
         cu = None
         if self.B == 1 and draw.chance("documents", 0.25):
