@@ -211,10 +211,12 @@ def decoding(draw: Draw) -> None:
 
 def calls_of(draw: Draw, name: str) -> Callable[..., Call]:
     """Calls of this operator from the tests' table, at a drawn shape."""
-    H, G = 2, draw("G", 1, 2, 3)
-    shape = dict(H=H, HQ=G * H, D=draw("D", 8, 16, 33), DV=draw("DV", 4, 16), L=draw("L", 0, 1, 3))
-    shape |= dict(form=draw("form", "list", "packed"), device=draw.at)
-    shape |= dict(dtype=torch.float64 if draw.device == "cpu" else torch.float32)
+    (D, DV), H, G = draw.head_dims(), draw.size("H"), draw.size("G")
+    least = int(name == "attention_varlen_backward")  # its documents and lse may not fit: no -inf
+    shape = dict(H=H, HQ=G * H, D=D, DV=DV, L=draw("L", least, 1, 3))
+    shape |= dict(form=draw("form", "list", "packed"))
+    dtypes = dict(cpu=torch.float64, interpreter=torch.float32)
+    shape |= dict(device=draw.at, dtype=dtypes.get(draw.device) or draw.size("dtype"))
     return lambda seed, **sizes: make_call(name, seed, **shape | sizes)
 
 
@@ -264,7 +266,7 @@ def vmap(draw: Draw) -> None:
     f = calls[0].run
     actual, expected = torch.vmap(f, dims)(*stacked), loop(f, dims, stacked)
     for a, e in zip(actual, expected, strict=True):
-        check_close(a, e, roundings=64)
+        check_close(a, e, roundings=8 if e.itemsize == 2 else 64)
 
 
 KINDS: dict[str, tuple[Callable[[Draw], None], float]] = dict(
@@ -275,21 +277,19 @@ KINDS: dict[str, tuple[Callable[[Draw], None], float]] = dict(
     mass=(mass, 2),
     decode=(decoding, 5),
     stream=(stream, 5),
-    compiled=(compiled, 0.3),
+    compiled=(compiled, 0.1),
     vmap=(vmap, 2),
 )
 """Each kind's function, and how often it comes."""
 
 
 def cases(seed: int, kinds: list[str]) -> Iterator[tuple[str, int]]:
-    """Kinds and integers without end; FAMILY successive ones of a kind are one family."""
+    """Kinds and integers without end, family by family."""
     source, weights = random.Random(seed), [KINDS[kind][1] for kind in kinds]
-    last: dict[str, int] = {}
     while True:
-        (kind,) = source.choices(kinds, weights)
-        case = last.get(kind, -1) + 1
-        last[kind] = case if case % FAMILY else FAMILY * source.randrange(2**24)
-        yield kind, last[kind]
+        first = FAMILY * source.randrange(2**20)
+        for case in range(first, first + FAMILY):
+            yield source.choices(kinds, weights)[0], case
 
 
 @contextlib.contextmanager
