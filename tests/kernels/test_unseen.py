@@ -110,9 +110,8 @@ def test_keys_left_of_every_window(T, S, left, right, L, value, device):
     assert_unseen_does_not_matter(inputs, seen, value, left=left, right=right)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_rows_shared_by_several_programs(parts, device, monkeypatch):
-    monkeypatch.setattr(tuning, "backward_dkv_parts", lambda *_: parts)
+def test_rows_shared_by_several_programs(device, monkeypatch):
+    monkeypatch.setattr(tuning, "backward_dkv_parts", lambda *_: 4)
     cu, seen = documents_seen([40, 7, 21], [30, 0, 50], 3, 5, 0)
     inputs = make_inputs(1, *seen.shape[:1], 3, 1, 16, 0, S=seen.shape[1], device=device)
     cu = tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in cu)
@@ -132,10 +131,10 @@ def test_a_document_does_not_reach_another_tile_or_row_before_it(device):
     assert torch.equal(moda_kernels.attention(*nan, *arguments)[0][:, :rows], out[:, :rows])
 
 
-@pytest.mark.parametrize("beyond", [1, 1000, 2**31 - 9])
+@pytest.mark.parametrize("beyond", [1, 2**31 - 9])
 def test_lengths_beyond_the_tensors_end_with_them(beyond, device):
     """Documents that end past q and k end there: no memory after them is read or written."""
-    inputs = make_inputs(1, 9, 2, 1, 16, 2, device=device, form="embedded")
+    inputs = make_inputs(1, 9, 2, 1, 16, 1, device=device, form="embedded")
     dout, dlse = make_cotangents(inputs)
     results = []
     for end in (9, min(9 + beyond, 2**31 - 1)):
