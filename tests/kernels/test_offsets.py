@@ -84,7 +84,9 @@ def test_gradients_that_are_written_and_added_to(far, device):
 
 
 def test_depth_alone_and_its_mass(far, device):
-    inputs = make_inputs(1, TOKENS, 2, 1, 16, 2, S=0, dtype=torch.float16, device=device, form="packed")
+    inputs = make_inputs(
+        1, TOKENS, 2, 1, 16, 2, S=0, dtype=torch.float16, device=device, form="packed"
+    )
     dout, _ = make_cotangents(inputs)
     arguments = 0.25, None, None, None
     results = []
