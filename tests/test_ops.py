@@ -86,23 +86,22 @@ def test_gradcheck(form, L):
     assert torch.autograd.gradcheck(f, leaves)
 
 
-def opcheck_cases():
-    for form in FORMS:
-        for grad in (False, True):
-            yield pytest.param(form, grad, id=f"{form}-{'grad' if grad else 'no_grad'}")
-
-
-@pytest.mark.parametrize(("form", "grad"), list(opcheck_cases()))
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form, grad, device):
     inputs = make_inputs(2, 5, 4, 2, 16, 3, S=7, DV=24, device=device, form=form)
     inputs = inputs.map(lambda x: x.requires_grad_(grad))
     options = {"causal": False, "scale": 0.3, "window_left": 4, "window_right": 1, "softcap": 5.0}
     for kwargs in ({}, options):
         torch.library.opcheck(torch.ops.moda.attention.default, tuple(inputs), kwargs)
-    detached = inputs.map(torch.Tensor.detach)
-    out, lse = torch.ops.moda.attention(*detached)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck_of_backward(form, device):
+    inputs = make_inputs(2, 5, 4, 2, 16, 3, S=7, DV=24, device=device, form=form)
+    out, lse = torch.ops.moda.attention(*inputs)
     for dlse in (None, torch.randn_like(lse)):
-        args = (torch.randn_like(out), dlse, *detached, out, lse)
+        args = (torch.randn_like(out), dlse, *inputs, out, lse)
         torch.library.opcheck(torch.ops.moda.attention_backward.default, args)
 
 
@@ -184,13 +183,6 @@ def test_one_graph_serves_several_lengths(form, device):
     assert counter.frame_count == 1
 
 
-def test_inductor(device):
-    torch._dynamo.reset()
-    inputs = make_inputs(2, 9, 4, 2, 16, 3, device=device)
-    compiled = torch.compile(moda_attention, fullgraph=True)
-    assert_matches_reference(inputs, run_public(compiled))
-
-
 def test_export_round_trip(tmp_path, device):
     class Module(torch.nn.Module):
         def forward(self, q, k, v, k_depth, v_depth):
@@ -259,14 +251,16 @@ def test_options_may_be_symbols(how, device):
                 module, example, dynamic_shapes=shapes, strict=strict
             ).module()
     with torch.no_grad():
-        for T in (9, 6, 13):
+        for T in (9, 6):
             inputs = every_option_inputs(T, device)
             for a, b in zip(run(*inputs), module(*inputs), strict=True):
                 torch.testing.assert_close(a, b)
     assert how != "compile" or counter.frame_count == 1
 
 
-def test_gradients_of_symbolic_options(device):
+def test_inductor(device):
+    """And gradients with options that are symbols; README's example has constants."""
+
     def f(q, k, v, k_slot, v_slot):
         options = dict(scale=q.shape[1] / 100, softcap=q.shape[1] / 3)
         return moda_attention(q, k, v, [k_slot], [v_slot], window=q.shape[1] // 2, **options)
@@ -274,7 +268,7 @@ def test_gradients_of_symbolic_options(device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(f, dynamic=True, fullgraph=True, backend=counter)
-    for T in (9, 6, 13):
+    for T in (9, 6):
         leaves = [x.requires_grad_() for x in every_option_inputs(T, device)[:5]]
         actual, expected = (torch.autograd.grad(g(*leaves).sum(), leaves) for g in (compiled, f))
         for a, b in zip(actual, expected, strict=True):

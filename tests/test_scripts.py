@@ -30,7 +30,7 @@ RUNS = {  # script: arguments of a tiny run; several scripts have tiny sizes of 
     "tests/benchmarks/family.py": "",
     "tests/benchmarks/generate.py": "--batches 3 --modes eager --layers 1 --jobs 4",
     "tests/benchmarks/gradient_dtype.py": "--layers 2",
-    "tests/benchmarks/stream_memory.py": "--layers 2 --modes block --backend aot_eager "
+    "tests/benchmarks/stream_memory.py": "--layers 2 --modes block --backend eager "
     "--streams StackedSlots DepthStream",
     "tests/benchmarks/train_step.py": "--groups 2 --batches 1 fit --compile none --layers 2 "
     "--steps 2 --profile {folder}/profile.txt",

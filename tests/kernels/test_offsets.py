@@ -7,14 +7,15 @@ import torch
 import moda_kernels
 from helpers import Inputs, make_cotangents, make_inputs
 
-STRIDE = 2**26  # elements from one token to the next: 32 of them overflow 32 bits
+STRIDE = 2**29  # elements from one token, or page, to the next: 4 of them overflow 32 bits
+TOKENS = 5
 
 
 class Far:
     """Copies of tensors whose axis 1 has STRIDE, side by side in 10 GB; a CPU touches few."""
 
-    def __init__(self, tokens, dtype, device):
-        size = 2**31 + tokens * STRIDE  # an offset that wraps around still lies inside
+    def __init__(self, dtype, device):
+        size = 2**31 + TOKENS * STRIDE  # an offset that wraps around still lies inside
         if device.type == "cpu":
             self.memory = torch.from_numpy(np.zeros(size, np.float16))
         else:
@@ -31,7 +32,7 @@ class Far:
 
 @pytest.fixture
 def far(device):
-    return Far(40, torch.float16, device)
+    return Far(torch.float16, device)
 
 
 def assert_same(results, expected):
@@ -40,16 +41,19 @@ def assert_same(results, expected):
 
 
 @pytest.mark.parametrize("form", ["list", "packed"])
-@pytest.mark.parametrize("operator", ["attention", "attention_varlen", "chunk_attention"])
-def test_attention_and_its_backward(operator, form, far, device):
-    inputs = make_inputs(1, 40, 2, 1, 16, 2, dtype=torch.float16, device=device, form=form)
+@pytest.mark.parametrize(
+    ("operator", "G"),
+    [("attention", 16), ("attention_varlen", 2), ("chunk_attention", 2)],  # at 16 in two tiles
+)
+def test_attention_and_its_backward(operator, G, form, far, device):
+    inputs = make_inputs(1, TOKENS, G, 1, 16, 2, dtype=torch.float16, device=device, form=form)
     dout, dlse = make_cotangents(inputs)
     name, arguments = "attention", (0.25, None, 0, None)
     if operator == "attention_varlen":
-        cu = torch.tensor([0, 3, 40], dtype=torch.int32, device=device)
+        cu = torch.tensor([0, 1, TOKENS], dtype=torch.int32, device=device)
         arguments = *arguments, "fused", (cu, cu)
     elif operator == "chunk_attention":
-        name, arguments = operator, (5, 0.25, None, None)
+        name, arguments = operator, (2, 0.25, None, None)
     results = []
     for case, grad in ((inputs, dout), (inputs.map(far), far(dout))):
         out, lse = getattr(moda_kernels, name)(*case, *arguments)
@@ -59,7 +63,7 @@ def test_attention_and_its_backward(operator, form, far, device):
 
 
 def test_gradients_that_are_written_and_added_to(far, device):
-    inputs = make_inputs(1, 40, 2, 1, 16, 2, dtype=torch.float16, device=device, form="packed")
+    inputs = make_inputs(1, TOKENS, 2, 1, 16, 2, dtype=torch.float16, device=device, form="packed")
     dout, _ = make_cotangents(inputs)
     arguments = 0.25, None, 0, None, "fused", None
     out, lse = moda_kernels.attention(*inputs, *arguments)
@@ -80,7 +84,9 @@ def test_gradients_that_are_written_and_added_to(far, device):
 
 
 def test_depth_alone_and_its_mass(far, device):
-    inputs = make_inputs(1, 40, 2, 1, 16, 2, S=0, dtype=torch.float16, device=device, form="packed")
+    inputs = make_inputs(
+        1, TOKENS, 2, 1, 16, 2, S=0, dtype=torch.float16, device=device, form="packed"
+    )
     dout, _ = make_cotangents(inputs)
     arguments = 0.25, None, None, None
     results = []
@@ -100,16 +106,16 @@ def test_depth_alone_and_its_mass(far, device):
     assert_same(*results)
 
 
-@pytest.mark.parametrize("page_size", [None, 8, 3])
+@pytest.mark.parametrize("page_size", [None, 16, 3])
 def test_decoding(page_size, far, device):
-    q, k, v, *depth = make_inputs(1, 2, 2, 1, 16, 1, S=39, dtype=torch.float16, device=device)
+    S = TOKENS * (page_size or 1)
+    q, k, v, *depth = make_inputs(1, 2, 2, 1, 16, 1, S=S, dtype=torch.float16, device=device)
     new = k[:, :2] + 1, v[:, :2] + 1
-    lengths = torch.tensor([35], dtype=torch.int32, device=device)
+    lengths = torch.tensor([S - 2], dtype=torch.int32, device=device)
     table = None
     if page_size is not None:  # pages far from each other
-        pages = 39 // page_size
-        k, v = (x[:, : pages * page_size].view(pages, page_size, 1, 16) for x in (k, v))
-        table = torch.arange(pages, dtype=torch.int32, device=device)[None]
+        k, v = (x.view(TOKENS, page_size, 1, 16) for x in (k, v))
+        table = torch.arange(TOKENS, dtype=torch.int32, device=device)[None]
     results = []
     for place in (torch.clone, far):
         if table is not None and place is far:
