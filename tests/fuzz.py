@@ -160,7 +160,7 @@ def mass(draw: Draw) -> None:
     of_scores = dict(scale=options["scale"], softcap=options["softcap"])
     arrays = inputs.numpy()
     lse = torch.from_numpy(moda_reference.attention(*arrays, **options)[1])
-    lse = lse.to(draw.at, ops.lse_dtype(inputs.q))
+    lse = lse.to(draw.at, ops.sum_dtype(inputs.q))
     lse_array, finite = lse.double().cpu().numpy(), lse.masked_fill(lse.isinf(), 1e9)
     placed, keys = inputs.map(draw.place), draw("keys", 1, 2, 5)
     depth_mass = moda_ops.moda_depth_mass(placed.q, depth(placed)[0], lse, **of_scores)

@@ -184,6 +184,7 @@ def stream(draw: Draw) -> None:
 
     dtype = program.options["dtype"]
     exact, plain = results(DenseStream, torch.float64), results(DenseStream, dtype)
+    chance = 2 if dtype.itemsize > 2 else 4  # steps amplify roundings, and these are a few draws
     roundings = len(program.steps) * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     for kind, new in (("DepthSlots", DepthSlots), ("DepthStream", program.allocate)):
         try:
@@ -196,5 +197,5 @@ def stream(draw: Draw) -> None:
             raise
         names = "out", *(f"d{'xy'[i]}" for i in wanted)
         for name, a, e, p in zip(names, actual, exact, plain, strict=True):
-            error, allowed = (a - e).norm(), 2 * (p - e).norm() + roundings * e.norm()
+            error, allowed = (a - e).norm(), chance * (p - e).norm() + roundings * e.norm()
             assert error <= allowed, f"{kind} {name}: error {error:.2e}, allowed {allowed:.2e}"

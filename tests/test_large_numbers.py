@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moda_reference
-from helpers import Inputs, make_inputs, plain_attention
+from helpers import Inputs, make_cotangents, make_inputs, plain_attention, rounding
 from moda_ops import (
     DepthSlots,
     DepthStream,
@@ -103,14 +103,23 @@ def test_a_map_of_attention_at_a_scale_of_zero():
 @pytest.mark.parametrize("logit", [1000, -1000])
 @pytest.mark.parametrize("run", ["attention", "chunks", "depth", "documents", "stream"])
 def test_gradients_are_as_precise_as_those_of_plain_pytorch(run, logit, device):
-    """The factor of 2 is between two ways to sum the same numbers."""
-    x = large(make_inputs(1, 64, 4, 2, 16, 3, device=device), logit)
-    dout, dlse = torch.randn_like(x.q), torch.randn(1, 4, 64, device=device)
+    """Twice plain PyTorch's error, and what rounding does to them at small logits.
+
+    All inputs are eighths, and so every q . k is exact whatever the order of its sum: what is left
+    is what a pass does to scores, probabilities and lse.
+    """
+    x = make_inputs(1, 64, 4, 2, 16, 3, device=device)
+    x = x.map(lambda y: (y * 8).round() / 8)
+    if run == "depth":
+        x = x._replace(k=x.k[:, :0], v=x.v[:, :0])
+    dout, dlse = make_cotangents(x)
     options = dict(chunk_size=4) if run == "chunks" else {}
+    floor, side = rounding(x, dout, dlse, **options), 64
+    x.q[..., 0] = side
+    for key in (x.k, *x.k_depth):
+        key[..., 0] = logit / (0.25 * side)
 
     def plain(x):
-        if run == "depth":
-            x = x._replace(k=x.k[:, :0], v=x.v[:, :0])
         parts = [x] if run != "documents" else [cut(x, *ends) for ends in ((0, 5), (5, 64))]
         outs, lses = zip(*(plain_attention(part, **options) for part in parts), strict=True)
         return torch.cat(outs, 1), torch.cat(lses, 2)
@@ -126,11 +135,15 @@ def test_gradients_are_as_precise_as_those_of_plain_pytorch(run, logit, device):
 
     exact = gradients(plain, torch.float64)
     errors = [
-        [(a - b).norm().item() for a, b in zip(gradients(f, torch.float32), exact, strict=True)]
+        [
+            (a - b).abs().max().item() if a.numel() else 0.0
+            for a, b in zip(gradients(f, torch.float32), exact, strict=True)
+        ]
         for f in (ours, plain)
     ]
-    for mine, theirs in zip(*errors, strict=True):
-        assert mine <= 2 * theirs
+    names = ["dq", "dk", "dv", *["dk_depth"] * 3, *["dv_depth"] * 3]
+    for name, mine, theirs in zip(names, *errors, strict=True):
+        assert mine <= 2 * theirs + floor[name] * (1 if "dv" in name else side), name
 
 
 def cut(x, start, end):

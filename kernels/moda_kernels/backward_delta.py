@@ -34,7 +34,7 @@ def _moda_delta_kernel(
     delta = tl.sum(dout * out, 1)
     if dlse_ptr is not None:
         dlse = dlse_ptr + b * stride_lb + h * stride_lh + t * stride_lt
-        delta -= tl.load(dlse, mask=ok, other=0.0)
+        delta -= tl.load(dlse, mask=ok, other=0.0).to(tl.float32)
     tl.store(delta_ptr + (b * HQ + h) * T + offs_t, delta, mask=ok)
 
 

@@ -55,7 +55,7 @@ def _delta(
     delta = tl.sum(out.to(tl.float32) * dout, 2)
     if dlse_ptr is not None:
         dlse = dlse_ptr + b * stride_lb + (j * G + g) * stride_lh + t * stride_lt
-        delta -= tl.load(dlse, mask=ok, other=0.0)
+        delta -= tl.load(dlse, mask=ok, other=0.0).to(tl.float32)
     tl.store(delta_base + g * T + t, delta, mask=ok)
     return delta
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_attention_kernels import COMPILED, DTYPES
+from test_stream_kernels import as_stream
 
 import moda_kernels
 import moda_reference
@@ -82,18 +83,14 @@ def test_a_plan_adds_the_running_gradient(grad_dtype, newest, plan, device, monk
     """A stream's passes, on top of what later readers have left."""
     monkeypatch.setattr(ops, "implementation", lambda q: moda_kernels)
     inputs = make_inputs(2, 13, 4, 2, 16, 3, dtype=torch.float16, device=device)
-    written = [torch.cat(slot, -1) for slot in zip(inputs.k_depth, inputs.v_depth, strict=True)]
-    if newest:  # the sequence is a slot as well
-        written.append(torch.cat(inputs[1:3], -1))
-    buffer = torch.stack(written)
-    running = 8 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(2))
+    buffer, token = as_stream(inputs, newest, grad_dtype)
+    running = 8 * torch.randn(token.shape, generator=torch.Generator().manual_seed(2))
     running = running.to(device, grad_dtype)
-    token = torch.empty_strided(buffer.shape, (0,) * 5, dtype=grad_dtype, device=device)
     q, k, v = inputs.q, *((None, None) if newest else inputs[1:3])
     dout, dlse = make_cotangents(inputs)
     out, lse, _ = torch.ops.moda.stream_attention(q, k, v, buffer, token, plan=plan)
     dq, dk_dv, grads = torch.ops.moda.stream_attention_backward(
-        dout, None, running, q, k, v, buffer, out, lse, len(buffer), grad_dtype, plan=plan
+        dout, None, running, q, k, v, buffer, out, lse, len(token), grad_dtype, plan=plan
     )
     assert (grads.shape, grads.dtype) == (running.shape, grad_dtype) and grads.is_contiguous()
 

@@ -47,7 +47,7 @@ def run_stream(newest, grad_dtype, dtoken=None, places=None, **options):
         options["places"] = places
         out, lse, _ = torch.ops.moda.stream_attention(q, k, v, buffer, token, **options)
         dq, dk_dv, grads = torch.ops.moda.stream_attention_backward(
-            dout, dlse, dtoken, q, k, v, buffer, out, lse, len(token), grad_dtype, **options
+            dout, dlse.to(lse), dtoken, q, k, v, buffer, out, lse, len(token), grad_dtype, **options
         )
         dropped = [n < 0 for n in places or [0] * len(token)]
         assert not grads[dropped].any()
