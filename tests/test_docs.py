@@ -154,7 +154,7 @@ def test_a_package_runs_in_a_fresh_process(tmp_path, monkeypatch):
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     result = fresh(load + SAME)
-    assert result.stdout == "the same\n", result.stderr
+    assert result.stdout == "the same\n", (result.returncode, result.stderr)
     assert (
         "Could not find schema for moda::attention"
         in fresh(load.replace("import moda_ops\n", "")).stderr
