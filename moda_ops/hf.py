@@ -280,6 +280,24 @@ class MoDACache(Cache):
             self.kv = self.kv._replace(k=k, v=v)
 
 
+class _OutputLayer(torch.nn.Module):
+    """A name for the embedding in its other role, which accelerate and peft ask for.
+
+    It has no parameter and no submodule: both would be the embedding's a second time.
+    """
+
+    def __init__(self, model: "MoDAForCausalLM") -> None:
+        super().__init__()
+        self._of = [model]  # a list hides it from torch.nn.Module
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        return self._of[0].model.embedding.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._of[0].model.embedding(x)
+
+
 class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
     """:class:`moda_ops.nn.MoDALanguageModel` as a transformers model.
 
@@ -317,6 +335,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MoDAConfig) -> None:
         super().__init__(config)
         self.model = nn.MoDALanguageModel(config.to_nn())
+        self.lm_head = _OutputLayer(self)
         self.post_init()
 
     @classmethod
@@ -349,9 +368,12 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.embedding = value
         self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
 
-    def get_output_embeddings(self) -> torch.nn.Module:
-        """The embedding: called with hidden states (..., width) it returns logits."""
-        return self.model.embedding
+    def get_output_embeddings(self) -> "_OutputLayer":
+        """The embedding as an output layer: hidden states (..., width) in, logits out."""
+        return self.lm_head
+
+    def tie_weights(self, *arguments: Any, **options: Any) -> None:
+        """Nothing to do: input and output layer are one module with one weight."""
 
     def set_output_embeddings(self, value: object) -> None:
         """Nothing to do for the embedding's own weight, and an error for any other."""

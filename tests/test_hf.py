@@ -548,7 +548,9 @@ def test_sizes_and_modules_go_by_the_names_that_others_look_for() -> None:
         model._no_split_modules
     )
     layer, hidden = model.get_output_embeddings(), torch.randn(2, 36)
-    assert layer in set(model.modules())  # tools look for its name
+    assert layer in set(model.modules())  # peft looks for its name
+    assert layer is not model.get_input_embeddings()  # accelerate's FSDP wraps both
+    assert not list(layer.named_parameters()) and not list(layer.children())
     assert layer.weight is model.get_input_embeddings().weight
     assert torch.equal(layer(hidden), model.model.logits(hidden))
     model.set_output_embeddings(layer)
