@@ -71,7 +71,7 @@ def empty_like(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def sum_dtype(q: Tensor) -> torch.dtype:
-    """Of what users see beside out: at least float32."""
+    """The dtype of the lse and masses that public functions return: at least float32."""
     return torch.promote_types(q.dtype, torch.float32)
 
 

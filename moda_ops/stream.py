@@ -225,7 +225,7 @@ class DepthStream(NamedTuple):
         return DepthStream(self.buffer, token, self.head_dim, (*self.places, end + 1))
 
     def _traced(self) -> bool:
-        """Whether the buffer is no memory of its own: of a compiler, a transform or a subclass."""
+        """Whether a compiler, a transform or a tensor subclass stands between this code and memory."""
         seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         return seen or type(self.buffer) is not Tensor
 
@@ -266,8 +266,8 @@ class DepthStream(NamedTuple):
         """The stream on another device, to go on with there; itself if it is there already.
 
         The slots that are there are copied into a new buffer, with as much room for others, and
-        their gradients come back. Moving ``buffer`` and ``token`` by hand does not work: nobody
-        would know which slots of the copy are written, so operators refuse it.
+        their gradients come back. Do not move ``buffer`` and ``token`` by hand: the operators do
+        not know which slots of such a copy are written, so they refuse it.
 
         Example:
             >>> stream = DepthStream.allocate(slots=2, batch=1, tokens=3, kv_heads=1, head_dim=4)
@@ -446,7 +446,7 @@ class DepthSlots(NamedTuple):
     The functional path: :func:`moda_attention` with its list of slots behind the interface of
     :class:`DepthStream`. Any number of slots, no preallocation, and no rule to keep. But the
     gradients of a slot's readers are added up outside the kernels, L (L - 1) additions for L
-    layers, and a compiled block is compiled anew for every number of slots.
+    layers, and a compiled block recompiles for every number of slots.
 
     Attributes:
         k: keys (B, T, H, D) of each slot.
@@ -594,7 +594,8 @@ def check_kept(slots: object, written: int) -> None:
         raise ValueError(f"slots must be ascending, got {list(slots)}")
     for slot in slots:
         if not 0 <= slot < written:
-            raise ValueError(f"slots must be among the {written} that are written, got {slot}")
+            allowed = f"within 0..{written - 1}" if written else "empty, for none is written"
+            raise ValueError(f"slots must be {allowed}, got {slot}")
 
 
 def _cu_seqlens(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | tuple[()]:

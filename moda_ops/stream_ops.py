@@ -14,7 +14,7 @@ that reader begins a dropped slot's gradient, with zeros, to which those before 
 ``stream_write`` fills the next slot of the buffer *in place* although its schema says otherwise:
 declared as a mutation, every layer's buffer would be a value of its own that backward has to save.
 What makes this sound: a slot is written once, before any reader of it, which descends from the
-write's token; nobody reads a slot that the token in hand does not cover; and writing again the same
+write's token; no slot is read that the token in hand does not cover; and writing again the same
 values, as activation checkpointing does, changes nothing. ``_claim`` and ``check_written`` hold
 every real call to it.
 """
@@ -136,13 +136,13 @@ def check_gradients(buffer: Tensor) -> None:
 def _refuse_copy() -> NoReturn:
     raise RuntimeError(
         "this is a copy of a depth stream (cloned, cast, moved, unpickled, or what a CUDA graph "
-        "returned), and nobody knows which of its slots are written: go on with the stream itself, "
+        "returned), so it is not known which of its slots are written: go on with the stream itself, "
         "or move it with stream.to(device)"
     )
 
 
 def _claim(buffer: Tensor, slot: int) -> bool:
-    """Whether this slot is written again, by a recomputation; RuntimeError if it may not be."""
+    """Mark this slot as written; whether it already was. RuntimeError if only a mistake explains it."""
     record = _record(buffer)
     if record is None:
         if _capturing(buffer):
@@ -155,7 +155,7 @@ def _claim(buffer: Tensor, slot: int) -> bool:
         _refuse_copy()
     _check_reentrant(record)
     with _lock:
-        again, count = bool(record.written >> slot & 1), record.written.bit_count()
+        again = bool(record.written >> slot & 1)
         record.written |= 1 << slot
     if again or torch._C._current_graph_task_id() != record.backward:
         kind = recomputation()
@@ -163,8 +163,8 @@ def _claim(buffer: Tensor, slot: int) -> bool:
             raise RuntimeError(REENTRANT)
         if again and kind is None:
             raise RuntimeError(
-                f"slot {slot} of the depth stream is written twice ({count} are written): a stream "
-                "value can be continued once; allocate a new DepthStream for every forward pass"
+                f"slot {slot} of the depth stream is written twice: a stream value can be continued "
+                "once; allocate a new DepthStream for every forward pass"
             )
     return again
 

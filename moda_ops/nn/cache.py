@@ -1,6 +1,6 @@
 """What a model keeps between the tokens of a text: keys and values of its sequence, none of depth.
 
-A token's depth keys are read by the layers above, at the token itself, and by nobody later. So they
+A token's depth keys are read by the layers above, at the token itself, and by no later token. So they
 live as long as the token passes the layers.
 """
 
