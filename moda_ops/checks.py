@@ -115,7 +115,11 @@ def depth_heads(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tupl
 
 
 def check_depth_mass(
-    q: Tensor, k_depth: list[Tensor], lse: Tensor, lse_dtypes: set[torch.dtype], options: "Options"
+    q: Tensor,
+    k_depth: list[Tensor],
+    lse: Tensor,
+    lse_dtypes: tuple[torch.dtype, ...],
+    options: "Options",
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of ``moda::depth_mass`` fit together."""
     _check_query(q, BATCHED)
@@ -123,7 +127,7 @@ def check_depth_mass(
     L = k_depth[0].shape[-3] if is_packed(k_depth) else None
     _check_slots("k_depth", "D", q, k_depth, H, D, BATCHED, L)
     _check_heads(HQ, H, D, D, "k_depth", "q")
-    lse_dtype = lse.dtype if lse.dtype in lse_dtypes else min(lse_dtypes, key=lambda x: x.itemsize)
+    lse_dtype = lse.dtype if lse.dtype in lse_dtypes else lse_dtypes[0]
     check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", lse_dtype, q.device)
     _check_options(options)
 

@@ -155,8 +155,8 @@ def moda_sink_mass(
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape {dims}, got {tuple(x.shape)}")
     (B, T, HQ, D), (_, S, H, _) = q.shape, k.shape
-    dtype = k.dtype if k.dtype is not q.dtype and autocast_enabled(q.device) else q.dtype
-    check_like("k", k, (B, S, H, D), "(B, S, H, D)", dtype, q.device)  # autocast casts both
+    dtype = k.dtype if autocast_enabled(q.device) else q.dtype  # autocast casts both
+    check_like("k", k, (B, S, H, D), "(B, S, H, D)", dtype, q.device)
     check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", ops.sum_dtype(q), q.device)
     left = None if left is None else min(left, T + S)  # larger sides could wrap in 64 bits
     right = 0 if causal else None if right is None else min(right, T + S)
@@ -219,9 +219,9 @@ def _mass_fake(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) ->
     return q.new_empty(q.shape[0], q.shape[2], slots, dtype=ops.sum_dtype(q))
 
 
-def _lse_dtypes(q: Tensor) -> set[torch.dtype]:
-    """Of the operators' lse, and of what the public functions make of it."""
-    return {ops.lse_dtype(q), ops.sum_dtype(q)}
+def _lse_dtypes(q: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of the lse that the public functions return, and of the operators'."""
+    return ops.sum_dtype(q), ops.lse_dtype(q)
 
 
 for _device in ("CPU", "CUDA"):
