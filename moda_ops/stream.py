@@ -225,7 +225,7 @@ class DepthStream(NamedTuple):
         return DepthStream(self.buffer, token, self.head_dim, (*self.places, end + 1))
 
     def _traced(self) -> bool:
-        """Whether a compiler, a transform or a tensor subclass stands between this code and memory."""
+        """Whether the buffer is not plain memory: a compiler's, a transform's or a subclass's."""
         seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         return seen or type(self.buffer) is not Tensor
 

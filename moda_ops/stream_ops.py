@@ -114,7 +114,7 @@ def _capturing(buffer: Tensor) -> bool:
     return buffer.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _check_reentrant(record: _Record) -> None:
+def _check_still_inside(record: _Record) -> None:
     """Raise RuntimeError if the stream has left the reentrant checkpoint that allocated it."""
     if record.inside_reentrant and not in_reentrant_forward():
         raise RuntimeError(REENTRANT)
@@ -136,13 +136,13 @@ def check_gradients(buffer: Tensor) -> None:
 def _refuse_copy() -> NoReturn:
     raise RuntimeError(
         "this is a copy of a depth stream (cloned, cast, moved, unpickled, or what a CUDA graph "
-        "returned), so it is not known which of its slots are written: go on with the stream itself, "
-        "or move it with stream.to(device)"
+        "returned), so it is not known which of its slots are written: go on with the stream "
+        "itself, or move it with stream.to(device)"
     )
 
 
 def _claim(buffer: Tensor, slot: int) -> bool:
-    """Mark this slot as written; whether it already was. RuntimeError if only a mistake explains it."""
+    """Mark a slot as written; whether a recomputation writes it again. Raise if it may not."""
     record = _record(buffer)
     if record is None:
         if _capturing(buffer):
@@ -153,7 +153,7 @@ def _claim(buffer: Tensor, slot: int) -> bool:
         if recomputation() in ("checkpoint", "compiled"):
             return False  # a hook has brought it back from the CPU: only this block reads it
         _refuse_copy()
-    _check_reentrant(record)
+    _check_still_inside(record)
     with _lock:
         again = bool(record.written >> slot & 1)
         record.written |= 1 << slot
@@ -163,8 +163,8 @@ def _claim(buffer: Tensor, slot: int) -> bool:
             raise RuntimeError(REENTRANT)
         if again and kind is None:
             raise RuntimeError(
-                f"slot {slot} of the depth stream is written twice: a stream value can be continued "
-                "once; allocate a new DepthStream for every forward pass"
+                f"slot {slot} of the depth stream is written twice: a stream value can be "
+                "continued once; allocate a new DepthStream for every forward pass"
             )
     return again
 
@@ -184,7 +184,7 @@ def check_written(buffer: Tensor, places: Sequence[int], *, forward: bool = True
             _refuse_copy()
         return
     if forward:
-        _check_reentrant(record)
+        _check_still_inside(record)
     if not all(record.written >> place & 1 for place in places):
         raise RuntimeError(
             f"the depth stream's buffer has only {record.written.bit_count()} of the "
