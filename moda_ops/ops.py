@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moda_ops import autograd, eager
 from moda_ops.checks import check_attention, check_backward
-from moda_ops.eager import lse_dtype
+from moda_ops.eager import lse_dtype as lse_dtype
 
 LIBRARY = torch.library.Library("moda", "DEF")  # the registrations live as long as this object
 OPTIONS = (
