@@ -321,7 +321,7 @@ class DepthStream(NamedTuple):
                 written.
         """
         options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
-        out, _, stream = self.attend_with_lse(q, k, v, **options, cu_seqlens=cu_seqlens)
+        out, _, stream = self._attend(q, k, v, cu_seqlens, **options)
         return out, stream
 
     @knows_other_names
@@ -339,6 +339,24 @@ class DepthStream(NamedTuple):
         cu_seqlens: tuple[Tensor, Tensor] | None = None,
     ) -> "tuple[Tensor, Tensor, DepthStream]":
         """:meth:`attend`, and ``lse`` (B, HQ, T) before the stream."""
+        options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
+        out, lse, stream = self._attend(q, k, v, cu_seqlens, **options)
+        return out, lse.to(sum_dtype(q)), stream
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cu_seqlens: tuple[Tensor, Tensor] | None,
+        *,
+        causal: bool,
+        scale: float | None,
+        window: Window | None,
+        softcap: float | None,
+        plan: Plan,
+    ) -> "tuple[Tensor, Tensor, DepthStream]":
+        """With the operator's own lse."""
         check_tensors(q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
         self._check_head_dim("q", q)
         check_option("scale", scale)
@@ -361,7 +379,6 @@ class DepthStream(NamedTuple):
             softcap=softcap,
             plan=plan,
         )
-        lse = lse.to(sum_dtype(q))
         if self._cuts_gradients():
             return out, lse, self
         places = self.places
@@ -594,7 +611,7 @@ def check_kept(slots: object, written: int) -> None:
         raise ValueError(f"slots must be ascending, got {list(slots)}")
     for slot in slots:
         if not 0 <= slot < written:
-            allowed = f"within 0..{written - 1}" if written else "empty, for none is written"
+            allowed = f"within 0..{written - 1}" if written else "empty, because none is written"
             raise ValueError(f"slots must be {allowed}, got {slot}")
 
 

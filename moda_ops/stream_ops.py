@@ -86,7 +86,7 @@ _records: dict[int, _Record] = {}
 
 A record's weak reference keeps the control block, so no other storage gets the same address.
 """
-_lock = threading.RLock()  # of a record's bits; reentrant, for the garbage collector may run code
+_lock = threading.RLock()  # of a record's bits; reentrant: the garbage collector may run code
 _DEBUG = os.environ.get("MODA_DEBUG") == "1"
 
 
