@@ -22,10 +22,9 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.checkpointing import REENTRANT, in_reentrant_forward
-from moda_ops.checks import EMPTY_STREAM, Plan, check_both, slots_left
+from moda_ops.checks import EMPTY_STREAM, Plan, check_both, slots_left, sum_dtype
 from moda_ops.depth_attention import moda_depth_attention
 from moda_ops.names import knows_other_names
-from moda_ops.ops import sum_dtype
 from moda_ops.varlen import moda_attention_varlen
 
 

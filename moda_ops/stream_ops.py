@@ -38,6 +38,7 @@ from moda_ops.checks import (
     check_stream,
     check_stream_attention,
     check_stream_write,
+    lse_dtype,
     slots_left,
 )
 from moda_ops.ops import LIBRARY, OPTIONS, Options
@@ -373,7 +374,7 @@ def _attention_fake(
     check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, places, opts)
     B, T, HQ, D = q.shape
     out = q.new_empty(B, T, HQ, buffer.shape[-1] - D)
-    lse = q.new_empty(B, HQ, T, dtype=ops.lse_dtype(q))
+    lse = q.new_empty(B, HQ, T, dtype=lse_dtype(q))
     return out, lse, _token(token, slots_left(token.shape[0], places))
 
 
@@ -522,7 +523,7 @@ def _check_attention_backward(
 ) -> None:
     token = _token(buffer[:0].to(grad_dtype), slots)
     check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, places, options)
-    check_backward(dout, dlse, out, lse, q, buffer[..., q.shape[-1] :], ops.lse_dtype(q))
+    check_backward(dout, dlse, out, lse, q, buffer[..., q.shape[-1] :])
     if dtoken is not None:
         shape = slots_left(token.shape[0], places), *token.shape[1:]
         check_like("dtoken", dtoken, shape, "(slots, B, T, H, D + DV)", grad_dtype, q.device)
