@@ -6,9 +6,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from moda_ops.checks import BATCHED, Axes, Plan, check_both
+from moda_ops.checks import BATCHED, Axes, Plan, check_both, sum_dtype
 from moda_ops.names import knows_other_names
-from moda_ops.ops import sum_dtype
 
 Depth = Sequence[Tensor] | Tensor
 Window = int | tuple[int | None, int | None]

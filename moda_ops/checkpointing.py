@@ -1,10 +1,10 @@
-"""Who is running this code: a checkpoint that recomputes a block, or one that will do so later.
+"""Which checkpoint runs this code: one that recomputes a block, or one that will do so later.
 
 A stream's slot may be written a second time only where a block is recomputed. PyTorch does not
 say whether it recomputes, so this module looks for its functions on the call stack. Streams look
-only when a slot is written again, and when a stream is allocated or, in eager code, written while
-gradients are disabled, as they are within compiled code. An eager training step without checkpoints
-never looks.
+when a slot is written again, and when gradients are disabled: at allocation, which compiled code
+always runs so, and in eager code at each write. An eager training step without checkpoints never
+looks.
 """
 
 import sys
@@ -60,7 +60,8 @@ def recomputation() -> Literal["checkpoint", "compiled", "reentrant"] | None:
 def in_reentrant_forward() -> bool:
     """Whether a reentrant checkpoint runs this code for the first time, without gradients.
 
-    That is any autograd.Function, for its forward runs without, but those of compiled code.
+    True in the forward of any autograd.Function, which PyTorch runs without gradients, except
+    those that compiled code is made of.
     """
     return any(
         frame.f_code is _FORWARD and not _compiled(frame.f_locals["cls"]) for frame in _stack()

@@ -24,6 +24,20 @@ DTYPES = {
 }
 
 
+def sum_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of the lse and masses that public functions return: at least float32."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of the lse that operators hand to their backward: float64 for float32 inputs.
+
+    At 1,000 the spacing of float32 numbers is 6e-5, and a probability exp(score - lse) would be
+    wrong by as much.
+    """
+    return torch.float64 if q.dtype is torch.float32 else sum_dtype(q)
+
+
 class Axes(NamedTuple):
     """The axes before the heads', as errors call them: of queries, of keys, and how many."""
 
@@ -114,17 +128,16 @@ def depth_heads(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tupl
     return H, DV
 
 
-def check_depth_mass(
-    q: Tensor, k_depth: list[Tensor], lse: Tensor, lse_dtypes: set[torch.dtype], options: "Options"
-) -> None:
+def check_depth_mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, options: "Options") -> None:
     """Raise ValueError or TypeError unless the arguments of ``moda::depth_mass`` fit together."""
     _check_query(q, BATCHED)
     (B, T, HQ, D), (H, _) = q.shape, depth_heads(q, k_depth, [])
     L = k_depth[0].shape[-3] if is_packed(k_depth) else None
     _check_slots("k_depth", "D", q, k_depth, H, D, BATCHED, L)
     _check_heads(HQ, H, D, D, "k_depth", "q")
-    lse_dtype = lse.dtype if lse.dtype in lse_dtypes else min(lse_dtypes, key=lambda x: x.itemsize)
-    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", lse_dtype, q.device)
+    # Either the operators' own lse or a public function's.
+    dtype = lse.dtype if lse.dtype is lse_dtype(q) else sum_dtype(q)
+    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", dtype, q.device)
     _check_options(options)
 
 
@@ -279,7 +292,6 @@ def check_backward(
     lse: Tensor,
     q: Tensor,
     v: Tensor,
-    lse_dtype: torch.dtype,
     axes: Axes = BATCHED,
 ) -> None:
     """Raise unless the forward's results and their gradients fit q and v."""
@@ -289,8 +301,8 @@ def check_backward(
     for name, tensor, shape, dims, dtype in (
         ("dout", dout, rows, out_dims, q.dtype),
         ("out", out, rows, out_dims, q.dtype),
-        ("dlse", dlse, (*batch, HQ, T), lse_dims, lse_dtype),
-        ("lse", lse, (*batch, HQ, T), lse_dims, lse_dtype),
+        ("dlse", dlse, (*batch, HQ, T), lse_dims, lse_dtype(q)),
+        ("lse", lse, (*batch, HQ, T), lse_dims, lse_dtype(q)),
     ):
         if tensor is not None:
             check_like(name, tensor, shape, dims, dtype, q.device)

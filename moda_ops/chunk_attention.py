@@ -19,9 +19,9 @@ from moda_ops.attention import (
     slot_lists,
     window_sides,
 )
-from moda_ops.checks import check_attention, check_backward, check_chunk_size
+from moda_ops.checks import check_attention, check_backward, check_chunk_size, sum_dtype
 from moda_ops.names import knows_other_names
-from moda_ops.ops import LIBRARY, Options, sum_dtype
+from moda_ops.ops import LIBRARY, Options
 
 OPTIONS = "*, SymInt chunk_size, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
 LIBRARY.define(
@@ -203,7 +203,7 @@ def _attention_backward(
     opts = Options(**options)
     check_attention(q, k, v, k_depth, v_depth, opts)
     check_chunk_size(chunk_size)
-    check_backward(dout, dlse, out, lse, q, v, ops.lse_dtype(q))
+    check_backward(dout, dlse, out, lse, q, v)
     dout = torch.zeros_like(out) if dout is None else dout
     scale, left, _, softcap, _ = opts.resolved(q.shape[-1])
     return ops.implementation(q).chunk_attention_backward(

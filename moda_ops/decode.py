@@ -19,9 +19,9 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.autograd import refuse_gradients
-from moda_ops.checks import DECODING, check_both, check_decode
+from moda_ops.checks import DECODING, check_both, check_decode, sum_dtype
 from moda_ops.names import knows_other_names
-from moda_ops.ops import LIBRARY, Options, implementation, sum_dtype
+from moda_ops.ops import LIBRARY, Options, implementation
 
 OPTIONS = "*, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
 LIBRARY.define(

@@ -16,9 +16,9 @@ from moda_ops.attention import (
     check_tensors,
     slot_lists,
 )
-from moda_ops.checks import check_backward, check_depth_attention, depth_heads
+from moda_ops.checks import check_backward, check_depth_attention, depth_heads, lse_dtype, sum_dtype
 from moda_ops.names import knows_other_names
-from moda_ops.ops import LIBRARY, Options, sum_dtype
+from moda_ops.ops import LIBRARY, Options
 
 LIBRARY.define(
     "depth_attention(Tensor q, Tensor[] k_depth, Tensor[] v_depth, "
@@ -147,7 +147,7 @@ def _attention_fake(
     check_depth_attention(q, k_depth, v_depth, Options(**options))
     B, T, HQ, _ = q.shape
     DV = depth_heads(q, k_depth, v_depth)[1]
-    return q.new_empty(B, T, HQ, DV), q.new_empty(B, HQ, T, dtype=ops.lse_dtype(q))
+    return q.new_empty(B, T, HQ, DV), q.new_empty(B, HQ, T, dtype=lse_dtype(q))
 
 
 def _attention_backward(
@@ -163,7 +163,7 @@ def _attention_backward(
     opts = Options(**options)
     check_depth_attention(q, k_depth, v_depth, opts)
     k, v = _no_sequence(q, k_depth, v_depth)
-    check_backward(dout, dlse, out, lse, q, v, ops.lse_dtype(q))
+    check_backward(dout, dlse, out, lse, q, v)
     dout = torch.zeros_like(out) if dout is None else dout
     dq, _, _, dk_depth, dv_depth = ops.implementation(q).attention_backward(
         dout, dlse, q, k, v, k_depth, v_depth, out, lse, *opts.resolved(q.shape[-1])
@@ -183,7 +183,7 @@ def _attention_backward_fake(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     check_depth_attention(q, k_depth, v_depth, Options(**options))
     v = _no_sequence(q, k_depth, v_depth)[1]
-    check_backward(dout, dlse, out, lse, q, v, ops.lse_dtype(q))
+    check_backward(dout, dlse, out, lse, q, v)
     return q.new_empty(q.shape), ops.empty_like(k_depth), ops.empty_like(v_depth)
 
 

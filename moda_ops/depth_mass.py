@@ -21,7 +21,7 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.autograd import without_gradient
-from moda_ops.checks import check_cu_seqlens, check_depth_mass, check_like, is_packed
+from moda_ops.checks import check_cu_seqlens, check_depth_mass, check_like, is_packed, sum_dtype
 from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options
 
@@ -155,9 +155,9 @@ def moda_sink_mass(
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape {dims}, got {tuple(x.shape)}")
     (B, T, HQ, D), (_, S, H, _) = q.shape, k.shape
-    dtype = k.dtype if k.dtype is not q.dtype and autocast_enabled(q.device) else q.dtype
-    check_like("k", k, (B, S, H, D), "(B, S, H, D)", dtype, q.device)  # autocast casts both
-    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", ops.sum_dtype(q), q.device)
+    dtype = k.dtype if autocast_enabled(q.device) else q.dtype  # autocast casts both
+    check_like("k", k, (B, S, H, D), "(B, S, H, D)", dtype, q.device)
+    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", sum_dtype(q), q.device)
     left = None if left is None else min(left, T + S)  # larger sides could wrap in 64 bits
     right = 0 if causal else None if right is None else min(right, T + S)
     token = torch.arange(T, device=q.device)
@@ -207,21 +207,16 @@ def _documents(
 
 def _mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tensor:
     opts = Options(**options)
-    check_depth_mass(q, k_depth, lse, _lse_dtypes(q), opts)
+    check_depth_mass(q, k_depth, lse, opts)
     scale, _, _, softcap, _ = opts.resolved(q.shape[-1])
     mass: Tensor = ops.implementation(q).depth_mass(q, k_depth, lse, scale, softcap)
     return mass
 
 
 def _mass_fake(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tensor:
-    check_depth_mass(q, k_depth, lse, _lse_dtypes(q), Options(**options))
+    check_depth_mass(q, k_depth, lse, Options(**options))
     slots = k_depth[0].shape[2] if is_packed(k_depth) else len(k_depth)
-    return q.new_empty(q.shape[0], q.shape[2], slots, dtype=ops.sum_dtype(q))
-
-
-def _lse_dtypes(q: Tensor) -> set[torch.dtype]:
-    """Of the operators' lse, and of what the public functions make of it."""
-    return {ops.lse_dtype(q), ops.sum_dtype(q)}
+    return q.new_empty(q.shape[0], q.shape[2], slots, dtype=sum_dtype(q))
 
 
 for _device in ("CPU", "CUDA"):

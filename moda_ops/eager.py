@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moda_ops.checks import lse_dtype
+
 KeyGradients = tuple[Any, Any, Any, Any]
 """For k, v, k_depth and v_depth, each in its form."""
 
@@ -26,15 +28,6 @@ def depth_slots(depth: list[Tensor]) -> list[Tensor]:
     """Per-slot views (B, T, H, D) of either form: L slots, or a list of one packed tensor."""
     packed = len(depth) == 1 and depth[0].dim() == 5
     return list(depth[0].unbind(2)) if packed else depth
-
-
-def lse_dtype(q: Tensor) -> torch.dtype:
-    """Of the lse that a backward operator takes. Of float32 inputs float64: at 1,000 the spacing of
-    float32 numbers is 6e-5, and a probability exp(score - lse) would be wrong by as much.
-    """
-    return (
-        torch.float64 if q.dtype is torch.float32 else torch.promote_types(q.dtype, torch.float32)
-    )
 
 
 CuSeqlens = tuple[Tensor, Tensor] | None

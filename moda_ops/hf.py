@@ -41,7 +41,7 @@ except ImportError as error:
 
 from moda_ops import nn
 from moda_ops.attention import compute_dtype
-from moda_ops.nn.layers import rotary_angles
+from moda_ops.nn.layers import check_tokens, rotary_angles
 from moda_ops.stream import DepthSlots, DepthStream
 
 __all__ = ["MoDACache", "MoDAConfig", "MoDAForCausalLM"]
@@ -302,7 +302,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
     """:class:`moda_ops.nn.MoDALanguageModel` as a transformers model.
 
     Positions and visibility follow from ``attention_mask`` alone: a text's tokens count from 0,
-    and padding, on either side or in between, is seen by nobody, at no cost in the kernels: tokens
+    and no token sees padding, on either side or in between, at no cost in the kernels: tokens
     are moved to the front, where causal attention needs no mask, and results moved back. Logits at
     padding are 0.
 
@@ -364,7 +364,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embedding
 
     def set_input_embeddings(self, value: torch.nn.Embedding) -> None:
-        """Replace it; the vocabulary becomes its."""
+        """Replace it; ``vocab_size`` becomes the new one's."""
         self.model.embedding = value
         self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
 
@@ -477,7 +477,9 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         tokens = None if attention_mask is None else attention_mask[:, past:] != 0
         order = None if tokens is None else (~tokens).byte().argsort(dim=1, stable=True)
         x = inputs if order is None else inputs[rows, order]
-        x = self.model.embedding(x) if inputs_embeds is None else x
+        if inputs_embeds is None:
+            check_tokens("input_ids", x)
+            x = self.model.embedding(x)
 
         positions = torch.arange(new, device=x.device)
         stream: DepthSlots | DepthStream | nn.CachedStream
@@ -573,7 +575,8 @@ def _check_noise(embedding: torch.nn.Module) -> None:
 
 
 def _check_devices(blocks: torch.nn.ModuleList) -> None:
-    hooks = [getattr(block, "_hf_hook", None) for block in blocks]  # accelerate's
+    # accelerate's; asking the module itself for a missing attribute takes 4 us per block
+    hooks = [block.__dict__.get("_hf_hook") for block in blocks]
     devices = {str(getattr(hook, "execution_device", None)) for hook in hooks} - {"None"}
     if len(devices) > 1:
         raise ValueError(

@@ -1,7 +1,7 @@
 """For callers who know other attention functions: what their arguments are called here.
 
 ``scaled_dot_product_attention``, FlashAttention, FlexAttention and the paper authors' package have
-names of their own for what this package also does, and arguments for what it does not do.
+other names for some arguments, and arguments for what this package does not support.
 """
 
 import functools
@@ -31,7 +31,7 @@ OURS = {
     "cached_v": ("v_depth",),
     "page_table": ("block_table",),
 }
-"""What others call an argument, and what it may be called here: the first that a function has."""
+"""Other libraries' names and ours. A function's own name is the first of them that it has."""
 
 _GROUPED = "leave it out: heads are grouped by shape, HQ = G * H"
 _MASKED = "not supported: use causal and window, or moda_attention_varlen for packed documents"
@@ -64,7 +64,7 @@ INSTEAD = {
 def knows_other_names(function: F) -> F:
     """Let the TypeError for an unknown argument say what it is called here, or what to do instead.
 
-    Only a call that has failed is looked at.
+    It looks only at a call that has failed.
     """
     names = [name for name in inspect.signature(function).parameters if name != "self"]
 

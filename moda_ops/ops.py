@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from moda_ops import autograd, eager
-from moda_ops.checks import check_attention, check_backward
-from moda_ops.eager import lse_dtype
+from moda_ops.checks import check_attention, check_backward, lse_dtype
 
 LIBRARY = torch.library.Library("moda", "DEF")  # the registrations live as long as this object
 OPTIONS = (
@@ -70,11 +69,6 @@ def empty_like(tensors: list[Tensor]) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in tensors]
 
 
-def sum_dtype(q: Tensor) -> torch.dtype:
-    """Of what users see beside out: at least float32."""
-    return torch.promote_types(q.dtype, torch.float32)
-
-
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], **options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -105,7 +99,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     opts = Options(**options)
     check_attention(q, k, v, k_depth, v_depth, opts)
-    check_backward(dout, dlse, out, lse, q, v, lse_dtype(q))
+    check_backward(dout, dlse, out, lse, q, v)
     dout = torch.zeros_like(out) if dout is None else dout
     return implementation(q).attention_backward(
         dout, dlse, q, k, v, k_depth, v_depth, out, lse, *opts.resolved(q.shape[-1])
@@ -125,7 +119,7 @@ def attention_backward_fake(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     check_attention(q, k, v, k_depth, v_depth, Options(**options))
-    check_backward(dout, dlse, out, lse, q, v, lse_dtype(q))
+    check_backward(dout, dlse, out, lse, q, v)
     dq, dk, dv = empty_like([q, k, v])
     return dq, dk, dv, empty_like(k_depth), empty_like(v_depth)
 

@@ -96,7 +96,7 @@ def kept_slots(
 ) -> tuple[tuple[int, ...], ...]:
     """The slots that each layer may read: the policy's choices, from the first layer to the last.
 
-    For a model of one's own: ``keep`` of :class:`moda_ops.DepthStream` and of
+    For your own model: ``keep`` of :class:`moda_ops.DepthStream` and of
     :class:`moda_ops.DepthSlots` takes them as :func:`positions` turns them.
     :meth:`moda_ops.nn.BlockConfig.bounded` does both.
 

@@ -22,10 +22,9 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.checkpointing import REENTRANT, in_reentrant_forward
-from moda_ops.checks import EMPTY_STREAM, Plan, check_both, slots_left
+from moda_ops.checks import EMPTY_STREAM, Plan, check_both, slots_left, sum_dtype
 from moda_ops.depth_attention import moda_depth_attention
 from moda_ops.names import knows_other_names
-from moda_ops.ops import sum_dtype
 from moda_ops.varlen import moda_attention_varlen
 
 
@@ -225,7 +224,7 @@ class DepthStream(NamedTuple):
         return DepthStream(self.buffer, token, self.head_dim, (*self.places, end + 1))
 
     def _traced(self) -> bool:
-        """Whether the buffer is no memory of its own: of a compiler, a transform or a subclass."""
+        """Whether the buffer is not plain memory: a compiler's, a transform's or a subclass's."""
         seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         return seen or type(self.buffer) is not Tensor
 
@@ -266,8 +265,8 @@ class DepthStream(NamedTuple):
         """The stream on another device, to go on with there; itself if it is there already.
 
         The slots that are there are copied into a new buffer, with as much room for others, and
-        their gradients come back. Moving ``buffer`` and ``token`` by hand does not work: nobody
-        would know which slots of the copy are written, so operators refuse it.
+        their gradients come back. Do not move ``buffer`` and ``token`` by hand: the operators do
+        not know which slots of such a copy are written, so they refuse it.
 
         Example:
             >>> stream = DepthStream.allocate(slots=2, batch=1, tokens=3, kv_heads=1, head_dim=4)
@@ -321,7 +320,7 @@ class DepthStream(NamedTuple):
                 written.
         """
         options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
-        out, _, stream = self.attend_with_lse(q, k, v, **options, cu_seqlens=cu_seqlens)
+        out, _, stream = self._attend(q, k, v, cu_seqlens, **options)
         return out, stream
 
     @knows_other_names
@@ -339,6 +338,24 @@ class DepthStream(NamedTuple):
         cu_seqlens: tuple[Tensor, Tensor] | None = None,
     ) -> "tuple[Tensor, Tensor, DepthStream]":
         """:meth:`attend`, and ``lse`` (B, HQ, T) before the stream."""
+        options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
+        out, lse, stream = self._attend(q, k, v, cu_seqlens, **options)
+        return out, lse.to(sum_dtype(q)), stream
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cu_seqlens: tuple[Tensor, Tensor] | None,
+        *,
+        causal: bool,
+        scale: float | None,
+        window: Window | None,
+        softcap: float | None,
+        plan: Plan,
+    ) -> "tuple[Tensor, Tensor, DepthStream]":
+        """With the operator's own lse."""
         check_tensors(q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
         self._check_head_dim("q", q)
         check_option("scale", scale)
@@ -361,7 +378,6 @@ class DepthStream(NamedTuple):
             softcap=softcap,
             plan=plan,
         )
-        lse = lse.to(sum_dtype(q))
         if self._cuts_gradients():
             return out, lse, self
         places = self.places
@@ -446,7 +462,7 @@ class DepthSlots(NamedTuple):
     The functional path: :func:`moda_attention` with its list of slots behind the interface of
     :class:`DepthStream`. Any number of slots, no preallocation, and no rule to keep. But the
     gradients of a slot's readers are added up outside the kernels, L (L - 1) additions for L
-    layers, and a compiled block is compiled anew for every number of slots.
+    layers, and a compiled block recompiles for every number of slots.
 
     Attributes:
         k: keys (B, T, H, D) of each slot.
@@ -594,7 +610,8 @@ def check_kept(slots: object, written: int) -> None:
         raise ValueError(f"slots must be ascending, got {list(slots)}")
     for slot in slots:
         if not 0 <= slot < written:
-            raise ValueError(f"slots must be among the {written} that are written, got {slot}")
+            allowed = f"within 0..{written - 1}" if written else "empty, because none is written"
+            raise ValueError(f"slots must be {allowed}, got {slot}")
 
 
 def _cu_seqlens(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | tuple[()]:

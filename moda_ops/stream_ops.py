@@ -14,7 +14,7 @@ that reader begins a dropped slot's gradient, with zeros, to which those before 
 ``stream_write`` fills the next slot of the buffer *in place* although its schema says otherwise:
 declared as a mutation, every layer's buffer would be a value of its own that backward has to save.
 What makes this sound: a slot is written once, before any reader of it, which descends from the
-write's token; nobody reads a slot that the token in hand does not cover; and writing again the same
+write's token; no slot is read that the token in hand does not cover; and writing again the same
 values, as activation checkpointing does, changes nothing. ``_claim`` and ``check_written`` hold
 every real call to it.
 """
@@ -38,6 +38,7 @@ from moda_ops.checks import (
     check_stream,
     check_stream_attention,
     check_stream_write,
+    lse_dtype,
     slots_left,
 )
 from moda_ops.ops import LIBRARY, OPTIONS, Options
@@ -86,7 +87,7 @@ _records: dict[int, _Record] = {}
 
 A record's weak reference keeps the control block, so no other storage gets the same address.
 """
-_lock = threading.RLock()  # of a record's bits; reentrant, for the garbage collector may run code
+_lock = threading.RLock()  # of a record's bits; reentrant: the garbage collector may run code
 _DEBUG = os.environ.get("MODA_DEBUG") == "1"
 
 
@@ -114,7 +115,7 @@ def _capturing(buffer: Tensor) -> bool:
     return buffer.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _check_reentrant(record: _Record) -> None:
+def _check_still_inside(record: _Record) -> None:
     """Raise RuntimeError if the stream has left the reentrant checkpoint that allocated it."""
     if record.inside_reentrant and not in_reentrant_forward():
         raise RuntimeError(REENTRANT)
@@ -136,13 +137,13 @@ def check_gradients(buffer: Tensor) -> None:
 def _refuse_copy() -> NoReturn:
     raise RuntimeError(
         "this is a copy of a depth stream (cloned, cast, moved, unpickled, or what a CUDA graph "
-        "returned), and nobody knows which of its slots are written: go on with the stream itself, "
-        "or move it with stream.to(device)"
+        "returned), so it is not known which of its slots are written: go on with the stream "
+        "itself, or move it with stream.to(device)"
     )
 
 
 def _claim(buffer: Tensor, slot: int) -> bool:
-    """Whether this slot is written again, by a recomputation; RuntimeError if it may not be."""
+    """Mark a slot as written; whether a recomputation writes it again. Raise if it may not."""
     record = _record(buffer)
     if record is None:
         if _capturing(buffer):
@@ -153,9 +154,9 @@ def _claim(buffer: Tensor, slot: int) -> bool:
         if recomputation() in ("checkpoint", "compiled"):
             return False  # a hook has brought it back from the CPU: only this block reads it
         _refuse_copy()
-    _check_reentrant(record)
+    _check_still_inside(record)
     with _lock:
-        again, count = bool(record.written >> slot & 1), record.written.bit_count()
+        again = bool(record.written >> slot & 1)
         record.written |= 1 << slot
     if again or torch._C._current_graph_task_id() != record.backward:
         kind = recomputation()
@@ -163,8 +164,8 @@ def _claim(buffer: Tensor, slot: int) -> bool:
             raise RuntimeError(REENTRANT)
         if again and kind is None:
             raise RuntimeError(
-                f"slot {slot} of the depth stream is written twice ({count} are written): a stream "
-                "value can be continued once; allocate a new DepthStream for every forward pass"
+                f"slot {slot} of the depth stream is written twice: a stream value can be "
+                "continued once; allocate a new DepthStream for every forward pass"
             )
     return again
 
@@ -184,7 +185,7 @@ def check_written(buffer: Tensor, places: Sequence[int], *, forward: bool = True
             _refuse_copy()
         return
     if forward:
-        _check_reentrant(record)
+        _check_still_inside(record)
     if not all(record.written >> place & 1 for place in places):
         raise RuntimeError(
             f"the depth stream's buffer has only {record.written.bit_count()} of the "
@@ -373,7 +374,7 @@ def _attention_fake(
     check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, places, opts)
     B, T, HQ, D = q.shape
     out = q.new_empty(B, T, HQ, buffer.shape[-1] - D)
-    lse = q.new_empty(B, HQ, T, dtype=ops.lse_dtype(q))
+    lse = q.new_empty(B, HQ, T, dtype=lse_dtype(q))
     return out, lse, _token(token, slots_left(token.shape[0], places))
 
 
@@ -522,7 +523,7 @@ def _check_attention_backward(
 ) -> None:
     token = _token(buffer[:0].to(grad_dtype), slots)
     check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, places, options)
-    check_backward(dout, dlse, out, lse, q, buffer[..., q.shape[-1] :], ops.lse_dtype(q))
+    check_backward(dout, dlse, out, lse, q, buffer[..., q.shape[-1] :])
     if dtoken is not None:
         shape = slots_left(token.shape[0], places), *token.shape[1:]
         check_like("dtoken", dtoken, shape, "(slots, B, T, H, D + DV)", grad_dtype, q.device)

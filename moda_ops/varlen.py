@@ -20,9 +20,17 @@ from moda_ops.attention import (
     slot_lists,
     window_sides,
 )
-from moda_ops.checks import PACKED, Plan, check_attention, check_backward, check_cu_seqlens
+from moda_ops.checks import (
+    PACKED,
+    Plan,
+    check_attention,
+    check_backward,
+    check_cu_seqlens,
+    lse_dtype,
+    sum_dtype,
+)
 from moda_ops.names import knows_other_names
-from moda_ops.ops import LIBRARY, OPTIONS, Options, empty_like, lse_dtype, sum_dtype
+from moda_ops.ops import LIBRARY, OPTIONS, Options, empty_like
 
 LIBRARY.define(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "
@@ -109,7 +117,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     opts = Options(**options)
     _check(q, k, v, k_depth, v_depth, cu_seqlens_q, cu_seqlens_k, opts)
-    check_backward(dout, dlse, out, lse, q, v, lse_dtype(q), PACKED)
+    check_backward(dout, dlse, out, lse, q, v, PACKED)
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dk_depth, dv_depth = ops.implementation(q).attention_backward(
         *_batch_of_one(dout, dlse, q, k, v),
@@ -138,7 +146,7 @@ def _attention_backward_fake(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     _check(q, k, v, k_depth, v_depth, cu_seqlens_q, cu_seqlens_k, Options(**options))
-    check_backward(dout, dlse, out, lse, q, v, lse_dtype(q), PACKED)
+    check_backward(dout, dlse, out, lse, q, v, PACKED)
     dq, dk, dv = empty_like([q, k, v])
     return dq, dk, dv, empty_like(k_depth), empty_like(v_depth)
 

@@ -24,6 +24,7 @@ STEPS = (
     "keep",
     "read",
     "keys",
+    "junk",
 )
 REFUSED = ("no_grad", "reentrant")  # steps that a stream may refuse, with an error that says so
 AGAIN = "backward through the graph a second time"  # PyTorch, of DepthSlots in a reentrant block
@@ -148,7 +149,7 @@ class Program:
                 out = stream.keys()[-1].detach().clone()
             elif step == "keep":
                 stream = stream.keep(options["slots"])
-            elif step == "junk":  # a slot that nobody reads
+            elif step == "junk":  # a slot that no layer reads
                 k, v = (torch.full_like(like.detach(), self.junk) for like in (k, v))
                 stream = stream.write(k, v).keep(options["slots"])
             elif isinstance(stream, DepthStream):  # "read": goes on in another stream

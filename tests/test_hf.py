@@ -636,6 +636,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     (dict(input_ids=IDS[0]), ValueError, r"input_ids must have 2 dimensions.*\(4,\)"),
     (dict(input_ids=IDS[:, :0]), ValueError, r"input_ids must have .* \(2, 0\)"),
     (dict(input_ids=[[1]]), TypeError, "input_ids must be a torch.Tensor, got list"),
+    (dict(input_ids=IDS.float()), TypeError, "input_ids must be integers, got torch.float32"),
     (dict(input_ids=IDS, attention_mask=IDS[:, 1:]), ValueError, r"attention_mask must be .*\(2, 4\), got \(2, 3\)"),
     (dict(input_ids=IDS, attention_mask=IDS[:, None, None]), ValueError, "attention_mask must be"),
     (dict(input_ids=IDS, attention_mask=[1]), TypeError, "attention_mask must be None or"),

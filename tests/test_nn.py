@@ -22,10 +22,12 @@ from moda_ops.nn import (
     MoDAConfig,
     MoDALanguageModel,
     Norm,
+    depth_use,
     layers,
     rotary_angles,
     rotate,
 )
+from moda_ops.nn.pipeline import PipelineStage
 
 CONFIG = MoDAConfig(vocab_size=61, layers=3, width=36, heads=6, kv_heads=2, head_dim=6, hidden=50)
 ROUNDINGS = 8
@@ -654,6 +656,17 @@ def test_config_refuses_what_does_not_fit(options: dict[str, Any], message: str)
     with pytest.raises(ValueError) as caught:  # noqa: PT011, the whole message is compared
         replace(CONFIG, **options)
     assert str(caught.value).startswith(message)
+
+
+def test_tokens_are_integers() -> None:
+    """The embedding would take floats for hidden states."""
+    model, tokens = make_model(), torch.zeros(2, CONFIG.width)
+    for name, call in (("tokens", model), ("x", PipelineStage(model, 0, 1))):
+        with pytest.raises(TypeError) as caught:
+            call(tokens)
+        assert str(caught.value) == f"{name} must be integers, got torch.float32"
+    with pytest.raises(TypeError, match=r"tokens must be integers, got torch\.float32"):
+        depth_use(model, tokens)
 
 
 @every_depth

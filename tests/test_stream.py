@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch._functorch import config as functorch_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -762,7 +763,7 @@ def test_a_slot_is_written_once(compiler):
     x, stream = random_input(), allocate(4)
     _, following = block(x, stream)
     block(x, following)
-    message = "slot 0 of the depth stream is written twice (2 are written)"
+    message = "slot 0 of the depth stream is written twice: a stream value can be continued once"
     with pytest.raises(RuntimeError) as caught:
         block(x, stream)
     assert message in str(caught.value)
@@ -797,3 +798,23 @@ def test_a_stream_after_backward_has_no_graph():
     z, _ = layer(x.detach(), stream, 1)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         z.sum().backward()
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_attend_casts_no_lse():
+    """The operator's own is float64; only attend_with_lse returns one."""
+    q = torch.randn(B, T, HQ, D)
+    stream = DepthStream.allocate(1, B, T, H, D, DV, like=q).write(q[:, :, :H], q[:, :, :H, :DV])
+    with Recorder() as recorder:
+        stream.attend(q)
+    assert recorder.calls == ["moda.stream_attention.default"]
+    assert stream.attend_with_lse(q)[1].dtype is torch.float32

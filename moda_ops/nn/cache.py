@@ -1,7 +1,7 @@
 """What a model keeps between the tokens of a text: keys and values of its sequence, none of depth.
 
-A token's depth keys are read by the layers above, at the token itself, and by nobody later. So they
-live as long as the token passes the layers.
+Only the layers above read a token's depth keys, at the token itself. So these live as long as the
+token passes the layers.
 """
 
 from collections.abc import Sequence

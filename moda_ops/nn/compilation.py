@@ -73,6 +73,6 @@ def _function(kind: Kind) -> Callable[..., Any]:
 def _call(compiled: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
     for stream in inputs:
         if isinstance(stream, DepthStream) and not torch.compiler.is_compiling():
-            # Else the second block's number of slots would be compiled for.
+            # Otherwise Dynamo specialises on the second block's number of slots.
             torch._dynamo.maybe_mark_dynamic(stream.token, 0)
     return compiled(block, *inputs)

@@ -145,7 +145,7 @@ class BlockConfig:
 
         Args:
             budget: at least 1.
-            policy: which slots stay: one of :mod:`moda_ops.policies`, or a function of one's own.
+            policy: which slots stay: one of :mod:`moda_ops.policies`, or your own function.
 
         Raises:
             TypeError, ValueError: as :func:`moda_ops.policies.kept_slots`.

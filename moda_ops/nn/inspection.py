@@ -15,6 +15,7 @@ from torch import Tensor
 from moda_ops import eager
 from moda_ops.attention import check_int, window_sides
 from moda_ops.depth_mass import moda_depth_mass, moda_sink_mass
+from moda_ops.nn.layers import check_tokens
 from moda_ops.nn.model import MoDALanguageModel
 from moda_ops.nn.watch import Reading, WatchedStream
 
@@ -266,6 +267,7 @@ def _map_of(reading: Reading) -> AttentionMap:
 
 
 def _watch(model: MoDALanguageModel, tokens: Tensor, observe: Callable[[Reading], object]) -> None:
+    check_tokens("tokens", tokens)
     x = model.embedding(tokens)
     stream = WatchedStream(model.stream(*tokens.shape, like=x), observe)
     model.hidden(x, model.rotary(tokens.shape[1], device=x.device), stream)

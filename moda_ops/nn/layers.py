@@ -113,6 +113,12 @@ class TokenEmbedding(nn.Embedding):
         return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
 
 
+def check_tokens(name: str, tokens: Tensor) -> None:
+    """Raise TypeError for floats, which a :class:`TokenEmbedding` would take for hidden states."""
+    if tokens.is_floating_point():
+        raise TypeError(f"{name} must be integers, got {tokens.dtype}")
+
+
 def output_layer(hidden: Tensor, embedding: nn.Module, vocab_size: int) -> Tensor:
     """Logits (..., vocab_size) of hidden (..., C).
 

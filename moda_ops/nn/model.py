@@ -17,6 +17,7 @@ from moda_ops.nn.layers import (
     Rotary,
     Stream,
     TokenEmbedding,
+    check_tokens,
     output_layer,
     rotary_angles,
 )
@@ -65,7 +66,7 @@ class MoDABlock(nn.Module):
         h = self.attention_norm(x) if self.pre_norm else x
         write_keys = self.writes and self.attention_write is None
         y, read = self.attention(h, rotary, stream, write=write_keys)
-        # Of a stream that nobody continues, a compiled block would get zeros as gradient.
+        # If no block continues a stream, a compiled block would get zeros as its gradient.
         stream = read if self.continues else stream
         x = x + y if self.pre_norm else self.attention_norm(x + y)
         if self.attention_write is not None:
@@ -343,6 +344,7 @@ class MoDALanguageModel(MoDATransformer):
             context: given if tokens are this rank's part of a sequence, as are then the logits; it
                 makes the stream.
         """
+        check_tokens("tokens", tokens)
         B, T = tokens.shape
         x = self.embedding(tokens)
         if context is not None:

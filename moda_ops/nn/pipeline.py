@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from moda_ops.nn.layers import output_layer, rotary_angles
+from moda_ops.nn.layers import check_tokens, output_layer, rotary_angles
 from moda_ops.nn.model import MoDABlock, MoDALanguageModel, allocate_stream
 from moda_ops.stream import DepthSlots, DepthStream
 
@@ -68,6 +68,7 @@ class PipelineStage(nn.Module):
                 Under ``depth="residual"`` there are none, and x travels alone.
         """
         if self.begins and self.embedding is not None:
+            check_tokens("x", x)
             x = self.embedding(x)
         rotary = rotary_angles(
             torch.arange(x.shape[1], device=x.device), self.config.head_dim, self.config.rope_base

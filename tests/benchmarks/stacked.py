@@ -1,4 +1,4 @@
-"""How others keep a depth stream, for comparison: every layer stacks all earlier slots anew."""
+"""How others keep a depth stream, for comparison: every layer stacks all earlier slots again."""
 
 from typing import Any, NamedTuple
 

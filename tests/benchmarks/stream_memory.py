@@ -6,7 +6,7 @@
 the most memory of forward and backward above what was allocated before, gradients of parameters
 left out; "stream" is the keys and values of all slots, once. The model is MoDA with depth "kv+ffn"
 in bfloat16: eager, with each block compiled, or compiled whole, which takes minutes from 32 layers.
-Every row is compiled anew; the recompile limit is raised, for a list of slots is another graph at
+Every row recompiles. The recompile limit is raised, because a list of slots needs another graph at
 every length. Forms of a stream must agree on the logits, to one rounding of bfloat16 per layer; a
 row that does not, or fails for another reason than memory, makes the exit code 1.
 """

@@ -9,7 +9,7 @@ block compiled. Variants:
                   parameters as the others have
     DepthStream   MoDA, depth "kv+ffn", one buffer
     DepthSlots    the same as a list of slots; a graph for each number of slots
-    StackedSlots  the same, stacked anew in each layer
+    StackedSlots  the same, stacked again in each layer
 
 "floor" is what the depth keys and values must cost at 3.0 TB/s: forward reads them once, backward
 reads them once and reads and writes their running gradient. The first step of every row is compared

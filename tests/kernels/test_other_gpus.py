@@ -1,4 +1,4 @@
-"""Kernels fit GPUs that nobody here has: compiled for them, once for all lengths."""
+"""Kernels fit GPUs that we do not have: compiled for them, once for all lengths."""
 
 import json
 import os
