@@ -291,7 +291,7 @@ class _OutputLayer(torch.nn.Module):
         self._of = [model]  # a list hides it from torch.nn.Module
 
     @property
-    def weight(self) -> torch.nn.Parameter:
+    def weight(self) -> torch.Tensor:
         return self._of[0].model.embedding.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
