@@ -4,10 +4,18 @@ import itertools
 
 import pytest
 import torch
-from test_attention_kernels import COMPILED, DTYPES, GROUPS, HEAD_DIMS
+from test_attention_kernels import GROUPS, HEAD_DIMS
 
 import moda_kernels
-from helpers import FORMS, Inputs, assert_matches_reference, make_cotangents, make_inputs
+from helpers import (
+    COMPILED,
+    DTYPES,
+    FORMS,
+    Inputs,
+    assert_matches_reference,
+    make_cotangents,
+    make_inputs,
+)
 from moda_kernels import backward_chunk_dkv, backward_chunk_dq, forward
 
 

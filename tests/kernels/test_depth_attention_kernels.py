@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from test_attention_kernels import COMPILED, DTYPES, GROUPS, HEAD_DIMS, TOKENS, check
+from test_attention_kernels import GROUPS, HEAD_DIMS, TOKENS, check
 
 import moda_kernels
-from helpers import FORMS, make_inputs
+from helpers import COMPILED, DTYPES, FORMS, make_inputs
 from moda_kernels import backward_dkv, backward_dq, forward
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_attention_kernels import COMPILED, DTYPES
 from test_stream_kernels import as_stream
 
 import moda_kernels
 import moda_reference
 from helpers import (
+    COMPILED,
+    DTYPES,
     Inputs,
     assert_accurate,
     assert_matches_reference,

@@ -5,12 +5,9 @@ import torch
 from test_varlen_kernels import assert_documents_match_reference, document, documents, starts
 
 import moda_kernels
-from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs, rounding
+from helpers import DTYPES, Inputs, assert_matches_reference, make_cotangents, make_inputs, rounding
 from moda_kernels import tuning
 from moda_ops import DepthStream, ops
-
-COMPILED = torch.cuda.is_available()
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True)
