@@ -10,9 +10,7 @@ from torch import Tensor
 import moda_reference
 
 FORMS = ("list", "packed", "embedded")
-COMPILED = (
-    torch.cuda.is_available()
-)  # kernels; else Triton's interpreter runs them, which has no bfloat16
+COMPILED = torch.cuda.is_available()  # else Triton's interpreter runs kernels, without bfloat16
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float16, id="float16")]
 if COMPILED:
     DTYPES.append(pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.gpu))

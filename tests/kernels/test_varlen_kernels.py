@@ -96,8 +96,8 @@ def assert_documents_match_reference(inputs, run, queries, keys, **options):
 
 
 def cases():
-    """Shapes x lengths x options x dtypes; for the interpreter one shape and dtype to each lengths and
-    options, such that every shape, options and dtype meet."""
+    """Shapes x lengths x options x dtypes; for the interpreter one shape and dtype to each pair of
+    lengths and options, such that all shapes, options and dtypes meet."""
     shapes = [(2, 16, 3, "list", 1), (3, 24, 0, "list", 3), (8, 64, 5, "packed", 2)]
     options = [{}, dict(causal=False), dict(window=(3, 1), softcap=2.0)]
     for s, n, o in itertools.product(*map(range, (len(shapes), len(LENGTHS), len(options)))):
