@@ -3,12 +3,26 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 import moda_reference
 
 FORMS = ("list", "packed", "embedded")
+COMPILED = torch.cuda.is_available()  # else Triton's interpreter runs kernels, without bfloat16
+DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float16, id="float16")]
+if COMPILED:
+    DTYPES.append(pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.gpu))
+
+
+def in_dtypes(turn: int, *values: Any, id: str) -> list[Any]:
+    """A test's case in every dtype; for the interpreter in one of its two, by ``turn``."""
+    dtypes = DTYPES if COMPILED else [DTYPES[turn % 2]]
+    return [
+        pytest.param(*values, *dtype.values, id=f"{id}-{dtype.id}", marks=dtype.marks)
+        for dtype in dtypes
+    ]
 
 
 class Inputs(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import moda_reference
-from helpers import FORMS, Inputs, assert_accurate, make_inputs
+from helpers import COMPILED, DTYPES, FORMS, Inputs, assert_accurate, make_inputs
 from moda_ops import (
     eager,
     moda_attention,
@@ -17,8 +17,6 @@ from moda_ops import (
     ops,
 )
 
-COMPILED = torch.cuda.is_available()
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 EPS = torch.finfo(torch.float32).eps
 
 

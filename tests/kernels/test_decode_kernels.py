@@ -7,11 +7,9 @@ import pytest
 import torch
 
 import moda_kernels
-from helpers import FORMS, assert_decodes, make_decoding
+from helpers import COMPILED, DTYPES, FORMS, assert_decodes, make_decoding
 from moda_kernels import decode_merge, decode_split, tuning
 
-COMPILED = torch.cuda.is_available()
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 HEAD_DIMS = (16, 24, 64, 70, 128, 256)
 GROUPS = (1, 2, 3, 8)
 TOKENS = (1, 3, 16)

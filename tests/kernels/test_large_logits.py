@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from test_attention_kernels import COMPILED
 
 import moda_kernels
+from helpers import COMPILED
 from moda_ops import ops
 from test_large_numbers import test_gradients_are_as_precise_as_those_of_plain_pytorch as check
 

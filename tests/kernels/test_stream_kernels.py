@@ -5,12 +5,18 @@ import torch
 from test_varlen_kernels import assert_documents_match_reference, document, documents, starts
 
 import moda_kernels
-from helpers import Inputs, assert_matches_reference, make_cotangents, make_inputs, rounding
+from helpers import (
+    COMPILED,
+    DTYPES,
+    Inputs,
+    assert_matches_reference,
+    in_dtypes,
+    make_cotangents,
+    make_inputs,
+    rounding,
+)
 from moda_kernels import tuning
 from moda_ops import DepthStream, ops
-
-COMPILED = torch.cuda.is_available()
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True)
@@ -59,18 +65,18 @@ def run_stream(newest, grad_dtype, dtoken=None, places=None, **options):
     return run
 
 
+SHAPES = [  # B, T, S, HQ, H, D, DV, L
+    (2, 9, None, 2, 2, 16, 16, 3),
+    (1, 23, None, 6, 2, 24, 40, 0),
+    (2, 23 if COMPILED else 9, None, 16, 2, 64, 64, 17),
+    (1, 13, None, 3, 1, 70, 20, 5),
+    (1, 9, 46, 4, 2, 32, 16, 4),
+    (1, 9, 0, 4, 2, 16, 24, 2),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("B", "T", "S", "HQ", "H", "D", "DV", "L"),
-    [
-        (2, 9, None, 2, 2, 16, 16, 3),
-        (1, 23, None, 6, 2, 24, 40, 0),
-        (2, 23, None, 16, 2, 64, 64, 17),
-        (1, 13, None, 3, 1, 70, 20, 5),
-        (1, 9, 46, 4, 2, 32, 16, 4),
-        (1, 9, 0, 4, 2, 16, 24, 2),
-    ],
-)
+@pytest.mark.parametrize(("B", "T", "S", "HQ", "H", "D", "DV", "L"), SHAPES)
 def test_matches_reference(B, T, S, HQ, H, D, DV, L, dtype, device):
     inputs = make_inputs(B, T, HQ, H, D, L, S=S, DV=DV, dtype=dtype, device=device)
     assert_matches_reference(inputs, run_stream(S is None, dtype))
@@ -89,7 +95,8 @@ def test_matches_reference(B, T, S, HQ, H, D, DV, L, dtype, device):
 )
 def test_options(S, options, dtype, device):
     """Alone, and on top of a running gradient."""
-    inputs = make_inputs(1, 11, 3, 1, 16, 3, S=S, DV=24, dtype=dtype, device=device)
+    T = 11 if COMPILED else 7
+    inputs = make_inputs(1, T, 3, 1, 16, 3, S=S, DV=24, dtype=dtype, device=device)
     run = run_stream(S is None, dtype, **options)
     assert_matches_reference(inputs, run, **options)
     assert_running_is_added(inputs, S is None, **options)
@@ -146,18 +153,22 @@ every_place = pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropped_slots(places, dtype, device):
     """Of the four slots that are there the last is the sequence; then five, and keys outside."""
-    inputs = make_inputs(2, 9, 4, 2, 16, 3, DV=24, dtype=dtype, device=device)
+    T = 9 if COMPILED else 3
+    inputs = make_inputs(2, T, 4, 2, 16, 3, DV=24, dtype=dtype, device=device)
     assert_matches_reference(inputs, run_stream(True, dtype, places=places))
-    inputs = make_inputs(1, 9, 4, 2, 16, 5, S=11, dtype=dtype, device=device)
+    inputs = make_inputs(1, T, 4, 2, 16, 5, S=T + 2, dtype=dtype, device=device)
     places = [*places, max(places) + 1, -1]
     assert_matches_reference(inputs, run_stream(False, torch.float32, places=places))
 
 
-@pytest.mark.parametrize("newest", [True, False])
+@pytest.mark.parametrize(
+    ("newest", "dtype"),
+    [case for newest in (True, False) for case in in_dtypes(newest, newest, id=str(newest))],
+)
 @every_place
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_running_gradient_of_slots_that_are_left(places, newest, dtype, device):
-    inputs = make_inputs(1, 9, 4, 2, 16, 4 - newest, dtype=dtype, device=device)
+    T = 9 if COMPILED else 3
+    inputs = make_inputs(1, T, 4, 2, 16, 4 - newest, dtype=dtype, device=device)
     assert_running_is_added(inputs, newest, places=places)
 
 
@@ -167,7 +178,8 @@ def test_running_gradient_of_slots_that_are_left(places, newest, dtype, device):
     ("HQ", "H", "D", "L"), [(4, 2, 16, 3), (16, 2, 64, 17), (64, 1, 64, 5), (3, 1, 70, 2)]
 )
 def test_running_gradient_is_added_before_the_one_rounding(HQ, H, D, L, dtype, newest, device):
-    inputs = make_inputs(2, 23, HQ, H, D, L, dtype=dtype, device=device)
+    B, T = (2, 23) if COMPILED else (1, 5)
+    inputs = make_inputs(B, T, HQ, H, D, L, dtype=dtype, device=device)
     assert_running_is_added(inputs, newest)
 
 
