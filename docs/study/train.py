@@ -1,0 +1,300 @@
+"""Train the runs of a plan and append what is measured to a file of records.
+
+    python docs/study/train.py docs/study/runs.json --list
+    python docs/study/train.py docs/study/runs.json --records FILE.jsonl
+
+A run that has ended is not run again, and one that was interrupted goes on from its checkpoint with
+the same tokens in the same order. On several GPUs start a process for each, "--process 0/4" to
+"--process 3/4" and all else the same: each takes the next run that nobody has, the longest first.
+A run whose learning rate is that of the best of other runs waits until they have ended.
+
+Records are lines of JSON: "evaluation" of a run, one for every evaluation, and "end" of a run.
+"""
+
+import argparse
+import fcntl
+import fnmatch
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
+
+from study_measure import HeldOut, autocast, finite, token_losses  # noqa: E402
+from study_plan import Record, Run, best_lr, model_config, read_plan, read_records  # noqa: E402
+from study_text import Text  # noqa: E402
+
+from moda_ops.bench.report import machine  # noqa: E402
+from moda_ops.nn import MoDALanguageModel, compile_blocks  # noqa: E402
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return token_losses(logits, targets).mean()
+
+
+class Training:
+    """A model, its optimizer, and how far they are: what a checkpoint holds."""
+
+    def __init__(self, run: Run, lr: float, device: torch.device, compiler: str) -> None:
+        self.run, self.device, self.step = run, device, 0
+        self.timed_steps, self.seconds, self.warm = 0, 0.0, False
+        torch.manual_seed(run.seed)
+        with device:
+            self.model = MoDALanguageModel(model_config(run.options))
+        self.loss: Callable[[Tensor, Tensor], Tensor] = mean_loss
+        if compiler != "none":
+            torch._dynamo.reset()
+            compile_blocks(self.model, backend=compiler)
+            self.loss = torch.compile(mean_loss, backend=compiler)
+        options = run.training
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        gains = [p for p in self.model.parameters() if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                dict(params=matrices, weight_decay=options["weight_decay"]),
+                dict(params=gains, weight_decay=0.0),
+            ],
+            lr=lr,
+            betas=tuple(options["betas"]),
+            fused=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._fraction)
+
+    def _fraction(self, step: int) -> float:
+        """Of the highest learning rate: linear warm-up, then a cosine down to ``last_lr``."""
+        options = self.run.training
+        warm_up = max(1, round(options["warm_up"] * self.run.steps))
+        if step < warm_up:
+            return (step + 1) / warm_up
+        done = (step - warm_up) / max(1, self.run.steps - warm_up)
+        last = options["last_lr"]
+        return last + (1 - last) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+    def train(self, text: Text, until: int, bar: Any) -> float:
+        """Train to a step; the mean loss of the steps."""
+        options = self.run.training
+        total, first, start = torch.zeros((), device=self.device), self.step, time.perf_counter()
+        for step in range(first, until):
+            rows = text.batch(self.run.seed, step, options["batch"]).to(self.device)
+            with autocast(self.device):
+                logits = self.model(rows[:, :-1])
+            loss = self.loss(logits, rows[:, 1:])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), options["clip"])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+            total += loss.detach()
+            bar.update(rows[:, 1:].numel())
+            if self.warm:
+                self.timed_steps += 1
+            else:  # the first step of a process compiles
+                synchronize(self.device)
+                self.warm, start = True, time.perf_counter()
+        synchronize(self.device)
+        self.seconds += time.perf_counter() - start
+        self.step = until
+        return total.item() / (until - first)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        per_step = self.run.training["batch"] * self.run.training["length"]
+        return per_step * self.timed_steps / self.seconds if self.timed_steps else None
+
+    def save(self, path: Path) -> None:
+        state = {name: getattr(self, name) for name in ("step", "timed_steps", "seconds")}
+        for name in ("model", "optimizer", "schedule"):
+            state[name] = getattr(self, name).state_dict()
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        for name in ("step", "timed_steps", "seconds"):
+            setattr(self, name, state[name])
+        for name in ("model", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def train(run: Run, lr: float, text: Text, arguments: argparse.Namespace, bar: Any) -> None:
+    """Train one run to its end, from its checkpoint if there is one."""
+    options, device = run.training, arguments.device
+    training = Training(run, lr, device, arguments.compile)
+    checkpoint = arguments.checkpoints / f"{run.name}.pt"
+    if checkpoint.exists():
+        training.load(checkpoint)
+    bar.reset(run.steps * options["batch"] * options["length"])
+    bar.set_description(run.name)
+    bar.update(training.step * options["batch"] * options["length"])
+    recorded = {(record["run"], record.get("step")) for record in read_records([arguments.records])}
+    windows, kinds = text.held_out(options["held_out_windows"])
+    held_out = HeldOut(windows, kinds, text.kinds, options["batch"])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    every, lost = options["evaluate_every"], False
+    while training.step < run.steps and not lost:
+        until = min(training.step - training.step % every + every, run.steps)
+        loss = training.train(text, until, bar)
+        tokens = until * options["batch"] * options["length"]
+        rate = training.tokens_per_s
+        record: Record = dict(what="evaluation", run=run.name, step=until, tokens=tokens)
+        record["device_s"] = None if rate is None else tokens / rate
+        record["training_loss"] = finite(loss)
+        record["held_out_loss"] = held_out.loss(training.model)
+        if (run.name, until) not in recorded:  # or it was interrupted between these two
+            append(arguments.records, record)
+        training.save(checkpoint)
+        lost = record["training_loss"] is None  # and no step brings it back
+    append(arguments.records, ending(training, lr, text, held_out))
+    checkpoint.unlink(missing_ok=True)
+
+
+def ending(training: Training, lr: float, text: Text, held_out: HeldOut) -> Record:
+    """The record of a run that has ended."""
+    run, model, device = training.run, training.model, training.device
+    length, config = run.training["length"], asdict(run) | dict(lr=lr)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    tokens, rate = training.step * run.training["batch"] * length, training.tokens_per_s
+    return dict(
+        what="end",
+        run=config.pop("name"),
+        **config,
+        trained_tokens=tokens,
+        parameters=model.num_parameters(),
+        forward_flops_per_token=model.flops(1, length) / length,
+        tokens_per_s=rate,
+        device_s=None if rate is None else tokens / rate,
+        peak_gib=peak,
+        text=text.about["sha256"],
+        bytes_per_token=text.about["held_out"]["bytes"] / text.about["held_out"]["tokens"],
+        machine=machine(device),
+        **held_out.report(model),
+    )
+
+
+def append(path: Path, record: Record) -> None:
+    """One line; other processes may append to the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        opened.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether no other process has this run; the claim ends with the process, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def work(chosen: list[Run], runs: list[Run], text: Text, arguments: argparse.Namespace) -> None:
+    """Train what is left of the chosen runs, the longest first, until nothing is left."""
+    from tqdm import tqdm
+
+    def records() -> list[Record]:
+        return read_records([arguments.records, *arguments.earlier])
+
+    failed: list[str] = []
+    longest_first = sorted(chosen, key=lambda run: run.predicted_s, reverse=True)
+    with tqdm(unit=" tokens", unit_scale=True, position=arguments.process[0], disable=None) as bar:
+        while True:
+            busy, waiting, tried = [], [], False
+            for run in longest_first:
+                if run.name in failed:
+                    continue
+                with claim(arguments.checkpoints / f"{run.name}.lock") as mine:
+                    known = records()
+                    if any(r["run"] == run.name and r["what"] == "end" for r in known):
+                        continue
+                    if not mine:
+                        busy.append(run.name)
+                    elif (lr := best_lr(run, runs, known)) is None:
+                        waiting.append(run.name)
+                    else:
+                        try:
+                            train(run, lr, text, arguments, bar)
+                        except Exception:
+                            traceback.print_exc()
+                            failed.append(run.name)
+                        tried = True
+                        break  # another run may now be the longest that is ready
+            if tried:
+                continue
+            if waiting and not busy:
+                failed += [f"{name} (the runs that tell its learning rate)" for name in waiting]
+            if not (waiting and busy):
+                break
+            time.sleep(1)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def process(text: str) -> tuple[int, int]:
+    """I/N."""
+    number, _, count = text.partition("/")
+    if not 0 <= int(number) < int(count):
+        raise ValueError
+    return int(number), int(count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("plan", type=Path, metavar="RUNS.json")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help='groups or runs; "*" is any text')
+    parser.add_argument("--list", action="store_true", help="print the runs and train none")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--process", type=process, default=(0, 1), metavar="I/N", help="on GPU I")
+    parser.add_argument("--records", type=Path, default=Path("out/study/records.jsonl"))
+    parser.add_argument(
+        "--earlier", type=Path, nargs="+", default=[], help="records of sessions before this one"
+    )
+    parser.add_argument("--checkpoints", type=Path, default=Path("out/study/checkpoints"))
+    parser.add_argument("--compile", default="inductor", help='a backend, or "none"')
+    arguments = parser.parse_args()
+    runs, plan = read_plan(arguments.plan)
+    names = arguments.only or ["*"]
+    chosen = [r for r in runs if any(n == r.group or fnmatch.fnmatch(r.name, n) for n in names)]
+    if not chosen:
+        parser.error(f"--only {' '.join(names)}: no run or group of the plan has such a name")
+    if arguments.list:
+        for run in chosen:
+            print(f"{run.predicted_s:7.0f} s  {run.name}")
+        print(f"{sum(run.predicted_s for run in chosen) / 60:7.0f} minutes in all")
+        return
+    number, count = arguments.process
+    gpu = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
+    arguments.device = torch.device(arguments.device or gpu)
+    if arguments.device.type == "cuda":
+        torch.cuda.set_device(arguments.device)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    text = Text(Path(plan["data"]), plan["training"]["length"])
+    work(chosen, runs, text, arguments)
+
+
+if __name__ == "__main__":
+    main()
