@@ -1,6 +1,7 @@
 """The scripts of docs/study at toy size: text, training, interruption, figures; and the plan."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 from tokenizers import Tokenizer
 
 from moda_ops.nn import MoDALanguageModel
+from moda_ops.policies import kept_slots, most_mass
 from test_scripts import ROOT, run
 
 STUDY = ROOT / "docs" / "study"
 sys.path.append(str(STUDY))
 
-from study_plan import best_lr, model_config, read_plan  # noqa: E402
+from study_plan import missing, model_config, read_plan  # noqa: E402
 from study_text import Text  # noqa: E402
 
 LENGTH, BATCH = 16, 2
@@ -29,14 +31,22 @@ MODELS = dict(
     residual=dict(depth="residual", norm="pre", tokens_per_s=1000),
     moda=dict(depth="kv+ffn", norm="post", tokens_per_s=500),
     bounded=dict(depth="kv+ffn", norm="post", budget=2, policy="recent", tokens_per_s=700),
+    chosen=dict(
+        depth="kv+ffn",
+        norm="post",
+        budget=2,
+        policy="most mass of",
+        mass_from="main-moda-seed0",
+        tokens_per_s=700,
+    ),
 )
 GROUPS = dict(
     sweep=dict(models=["residual", "moda"], tokens=2 * BATCH * LENGTH, lr=[1e-3, 1e-2], seeds=[0]),
     main=dict(
         models=["residual", "moda"], tokens=5 * BATCH * LENGTH, lr={"from": "sweep"}, seeds=[0, 1]
     ),
-    rest=dict(models=["bounded"], tokens=2 * BATCH * LENGTH, lr=[1e-3], seeds=[0]),
-)
+    rest=dict(models=["bounded", "chosen"], tokens=2 * BATCH * LENGTH, lr=[1e-3], seeds=[0]),
+)  # fmt: skip
 TIMES = {"device_s", "tokens_per_s", "peak_gib", "machine"}
 
 
@@ -131,7 +141,7 @@ def test_records_of_a_plan(trained: Path) -> None:
     assert set(ends) == {
         *(f"sweep-{m}-lr{lr}-seed0" for m in ("moda", "residual") for lr in ("0.001", "0.01")),
         *(f"main-{m}-seed{seed}" for m in ("moda", "residual") for seed in (0, 1)),
-        "rest-bounded-lr0.001-seed0",
+        *(f"rest-{m}-lr0.001-seed0" for m in ("bounded", "chosen")),
     }
     for model in ("moda", "residual"):
         sweep = [end for end in ends.values() if (end["group"], end["model"]) == ("sweep", model)]
@@ -143,6 +153,11 @@ def test_records_of_a_plan(trained: Path) -> None:
     assert end["trained_tokens"] == 5 * BATCH * LENGTH and end["tokens_per_s"] > 0
     assert len(end["depth_mass"][2]) == 4 and ends["main-residual-seed0"]["depth_slots"][2] == []
     assert np.mean(end["loss_by_position"]) == pytest.approx(end["held_out_loss"])
+    config = model_config(SIZES | MODELS["chosen"], found)
+    assert config.depth_keep == kept_slots([0, 2, 2], 2, most_mass(end["depth_mass"]))
+    assert [list(keep) for keep in config.depth_keep] == ends["rest-chosen-lr0.001-seed0"][
+        "depth_keep"
+    ]
     kinds = end["loss_by_kind"].values()
     total = sum(kind["loss"] * kind["tokens"] for kind in kinds)
     assert total / (8 * LENGTH) == pytest.approx(end["held_out_loss"])
@@ -191,16 +206,25 @@ def test_an_interrupted_run_gives_the_same_records(
 
 def test_what_stops_a_plan(text_file: Path, tmp_path: Path) -> None:
     code, printed = train(tmp_path, text_file, "--only", "main")
-    assert code == 1 and "main-moda-seed0 (the runs that tell its learning rate)" in printed
+    assert code == 1 and "main-moda-seed0 (needs sweep-moda-lr0.001-seed0, " in printed
     code, printed = train(tmp_path, text_file, "--only", "nothing")
     assert code == 2 and "no run or group of the plan has such a name" in printed
     code, printed = train(tmp_path, text_file, "--list")
     assert code == 0 and "      1 s  sweep-moda-lr0.001-seed0" in printed
 
 
+def test_a_run_is_claimed_by_one_process_at_a_time(tmp_path: Path) -> None:
+    claim = runpy.run_path(str(STUDY / "train.py"))["claim"]
+    with claim(tmp_path / "a.lock") as mine:
+        with claim(tmp_path / "a.lock") as other, claim(tmp_path / "b.lock") as free:
+            assert (mine, other, free) == (True, False, True)
+    with claim(tmp_path / "a.lock") as mine:
+        assert mine
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_blocks_compile(text_file: Path, tmp_path: Path) -> None:
-    code, printed = train(tmp_path, text_file, "--only", "rest", "--compile", "eager")
+    code, printed = train(tmp_path, text_file, "--only", "rest-bounded*", "--compile", "eager")
     assert code == 0, printed
     assert [record["what"] for record in records(tmp_path)] == ["evaluation", "end"]
 
@@ -231,7 +255,11 @@ def test_the_plan_is_as_large_as_it_says() -> None:
         minutes[run_.group] += run_.predicted_s / 60
     found = {group: round(value) for group, value in minutes.items()}
     assert plan["predicted_minutes"] == found | {"all": sum(found.values())}
-    configs = {name: model_config(plan["sizes"] | of) for name, of in plan["models"].items()}
+    configs = {
+        name: model_config(plan["sizes"] | options)
+        for name, options in plan["models"].items()
+        if "mass_from" not in options
+    }
     for norm in ("post", "pre"):
         with torch.device("meta"):
             ours, wider = (
@@ -240,6 +268,9 @@ def test_the_plan_is_as_large_as_it_says() -> None:
             )
         assert abs(wider / ours - 1) < 0.001
     assert max(configs["24-recent-8-post"].depth_reads()) == 8
-    for run_ in runs:  # every learning rate is given, or comes from runs of the plan
-        assert run_.lr or best_lr(run_, runs, []) is None
+    names = {run_.name for run_ in runs}
+    for run_ in runs:
+        needed = missing(run_, runs, [])
+        assert set(needed) <= names and len(needed) == {"sweep": 0}.get(run_.group, len(needed))
+        assert (run_.lr is None) == any(name.startswith("sweep") for name in needed)
         assert run_.tokens == run_.steps * 64 * 1024

@@ -17,7 +17,7 @@ holds for one pair that was chosen beforehand, not for the best of many.
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
@@ -98,6 +98,10 @@ def tables(ends: list[Record], evaluations: dict[str, list[Record]]) -> str:
         if found is not None:
             seeds, value, (low, high) = found
             pairs.append((one, f"{a} - {b}", len(seeds), value, f"{low:.4f} to {high:.4f}"))
+    attention = [
+        (group, model, *(mean_of(share, runs) for share in (depth_share, sink_share)))
+        for (group, model), runs in models.items()
+    ]
     kinds = []
     for (group, model), runs in models.items():
         for kind in sorted({kind for run in runs for kind in run["loss_by_kind"]}):
@@ -111,9 +115,25 @@ def tables(ends: list[Record], evaluations: dict[str, list[Record]]) -> str:
               sorted(every)),
         table("Models", ["group", "model", "seeds", "held-out loss", "standard deviation"], spread),
         table("Pairs", ["group", "models", "seeds", "difference", "95 % interval"], pairs),
+        table("Attention", ["group", "model", "share of depth", "share of the first key"],
+              attention),
         table("Kinds", ["group", "model", "kind", "held-out tokens", "loss"], kinds),
     ]  # fmt: skip
     return "\n".join(text)
+
+
+def mean_of(share: Callable[[Record], list[float]], runs: Iterable[Record]) -> float | None:
+    found = [value for run in runs for value in share(run)]
+    return mean(found) if found else None
+
+
+def depth_share(run: Record) -> list[float]:
+    """What all depth slots get together, of each read that has any."""
+    return [sum(row) for row in run["depth_mass"] if row and None not in row]
+
+
+def sink_share(run: Record) -> list[float]:
+    return [value for value in run["sink_mass"] if value is not None]
 
 
 def plot_curves(models: Models, evaluations: dict[str, list[Record]], path: Path) -> None:

@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from study_text import Text
 from torch import Tensor
 from torch.nn import functional as F
 
 from moda_ops.nn import MoDALanguageModel, depth_use
 
 PARTS = 16  # of a window, for the loss by position
-WATCHED = 8  # windows for depth mass
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -36,8 +36,9 @@ def finite(number: float) -> float | None:
 class HeldOut:
     """Held-out windows (N, T + 1), which are the same for all runs, and their targets' kinds."""
 
-    def __init__(self, windows: Tensor, kinds: Tensor, names: list[str], batch: int) -> None:
-        self.windows, self.kinds, self.names, self.batch = windows, kinds, names, batch
+    def __init__(self, text: Text, count: int, batch: int) -> None:
+        self.windows, self.kinds = text.held_out(count)
+        self.names, self.batch = text.kinds, batch
 
     @torch.no_grad()
     def losses(self, model: MoDALanguageModel) -> Tensor:
@@ -54,7 +55,7 @@ class HeldOut:
         return finite(self.losses(model).mean().item())
 
     def report(self, model: MoDALanguageModel) -> dict[str, Any]:
-        """The loss, by position and by kind of file too, and where attention goes."""
+        """The loss, by position and by kind of file too."""
         losses = self.losses(model)
         by_position = [finite(part.mean().item()) for part in losses.tensor_split(PARTS, 1)]
         index, count = self.kinds.flatten(), len(self.names)
@@ -68,23 +69,23 @@ class HeldOut:
                 for name, total, n in zip(self.names, sums, tokens, strict=True)
                 if n
             },
-            **self._attention(model),
-        )
-
-    def _attention(self, model: MoDALanguageModel) -> dict[str, Any]:
-        """Mass of every depth slot and of the first key, by read, mean over heads and tokens."""
-        plain = copy.deepcopy(model)  # is not compiled
-        device = model.embedding.weight.device
-        with autocast(device):
-            uses = depth_use(plain, self.windows[:WATCHED, :-1].to(device))
-        means = [use.mass.double().mean((0, 1)).tolist() for use in uses]
-        return dict(
-            depth_slots=[list(use.slots) for use in uses],
-            depth_mass=[[finite(mass) for mass in row] for row in means],
-            sink_mass=[None if u.sink is None else finite(u.sink.mean().item()) for u in uses],
         )
 
     def _batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in self.windows.split(self.batch):
             rows = rows.to(device)
             yield rows[:, :-1], rows[:, 1:]
+
+
+def attention_report(model: MoDALanguageModel, tokens: Tensor) -> dict[str, Any]:
+    """Mass of every depth slot and of the first key, by read, mean over heads and tokens (B, T)."""
+    plain = copy.deepcopy(model)  # which is not compiled
+    device = model.embedding.weight.device
+    with autocast(device):
+        uses = depth_use(plain, tokens.to(device))
+    means = [use.mass.double().mean((0, 1)).tolist() for use in uses]
+    return dict(
+        depth_slots=[list(use.slots) for use in uses],
+        depth_mass=[[finite(mass) for mass in row] for row in means],
+        sink_mass=[None if u.sink is None else finite(u.sink.mean().item()) for u in uses],
+    )

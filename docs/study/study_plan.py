@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moda_ops.nn import MoDAConfig
-from moda_ops.policies import first_and_recent, recent
+from moda_ops.policies import SlotPolicy, first_and_recent, most_mass, recent
 
 POLICIES = {"recent": recent, "first and recent": first_and_recent(1)}
 Record = dict[str, Any]
@@ -69,13 +69,28 @@ def read_plan(path: Path) -> tuple[list[Run], dict[str, Any]]:
     return runs, plan
 
 
-def model_config(options: dict[str, Any]) -> MoDAConfig:
-    """The model: options of :class:`MoDAConfig`, and ``budget`` and ``policy`` of a bounded one."""
+def model_config(options: dict[str, Any], records: Iterable[Record] = ()) -> MoDAConfig:
+    """The model that options of the plan stand for.
+
+    They are those of :class:`MoDAConfig`. A bounded model has ``budget`` and ``policy`` too, which
+    is one of ``POLICIES``, or "most mass of" the run ``mass_from``, whose end is among the records.
+    """
     fields = MoDAConfig.__dataclass_fields__
     config = MoDAConfig(**{name: value for name, value in options.items() if name in fields})
     if "budget" in options:
-        config = config.bounded(options["budget"], POLICIES[options["policy"]])
+        config = config.bounded(options["budget"], _policy(options, records))
     return config
+
+
+def _policy(options: dict[str, Any], records: Iterable[Record]) -> SlotPolicy:
+    if options["policy"] != "most mass of":
+        return POLICIES[options["policy"]]
+    return most_mass(ends_of(records)[options["mass_from"]]["depth_mass"])
+
+
+def ends_of(records: Iterable[Record]) -> dict[str, Record]:
+    """The record of the end of each run that has ended."""
+    return {record["run"]: record for record in records if record["what"] == "end"}
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
@@ -84,15 +99,27 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
     return [json.loads(line) for line in lines]
 
 
-def best_lr(run: Run, runs: Iterable[Run], records: Iterable[Record]) -> float | None:
-    """The run's learning rate; None as long as runs that it depends on have not ended."""
-    if run.lr_from is None:
-        return run.lr
-    ends = {record["run"]: record for record in records if record["what"] == "end"}
-    sources = [source for source in runs if (source.group, source.model) == run.lr_from]
-    if not sources:
+def missing(run: Run, runs: Iterable[Run], records: Iterable[Record]) -> list[str]:
+    """The runs that this one depends on and that have not ended."""
+    needed = [source.name for source in sources(run, runs)]
+    if "mass_from" in run.options:
+        needed.append(run.options["mass_from"])
+    return [name for name in needed if name not in ends_of(records)]
+
+
+def sources(run: Run, runs: Iterable[Run]) -> list[Run]:
+    """The runs that tell this one's learning rate; none if the plan gives it."""
+    found = [source for source in runs if (source.group, source.model) == run.lr_from]
+    if run.lr is None and not found:
         raise ValueError(f"{run.name}: no run of group and model {run.lr_from} is in the plan")
-    if any(source.name not in ends for source in sources):
-        return None
-    losses = {ends[source.name]["lr"]: ends[source.name]["held_out_loss"] for source in sources}
+    return found
+
+
+def best_lr(run: Run, runs: Iterable[Run], records: Iterable[Record]) -> float:
+    """The run's learning rate, once the runs that it depends on have ended."""
+    if run.lr is not None:
+        return run.lr
+    ends = ends_of(records)
+    tried = [ends[source.name] for source in sources(run, runs)]
+    losses = {end["lr"]: end["held_out_loss"] for end in tried}
     return min(losses, key=lambda lr: math.inf if losses[lr] is None else losses[lr])

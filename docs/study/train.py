@@ -6,7 +6,7 @@
 A run that has ended is not run again, and one that was interrupted goes on from its checkpoint with
 the same tokens in the same order. On several GPUs start a process for each, "--process 0/4" to
 "--process 3/4" and all else the same: each takes the next run that nobody has, the longest first.
-A run whose learning rate is that of the best of other runs waits until they have ended.
+A run that takes its learning rate or its depth slots from other runs waits until they have ended.
 
 Records are lines of JSON: "evaluation" of a run, one for every evaluation, and "end" of a run.
 """
@@ -31,12 +31,21 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 
-from study_measure import HeldOut, autocast, finite, token_losses  # noqa: E402
-from study_plan import Record, Run, best_lr, model_config, read_plan, read_records  # noqa: E402
+from study_measure import HeldOut, attention_report, autocast, finite, token_losses  # noqa: E402
+from study_plan import (  # noqa: E402
+    Record,
+    Run,
+    best_lr,
+    ends_of,
+    missing,
+    model_config,
+    read_plan,
+    read_records,
+)
 from study_text import Text  # noqa: E402
 
 from moda_ops.bench.report import machine  # noqa: E402
-from moda_ops.nn import MoDALanguageModel, compile_blocks  # noqa: E402
+from moda_ops.nn import MoDAConfig, MoDALanguageModel, compile_blocks  # noqa: E402
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -46,12 +55,14 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class Training:
     """A model, its optimizer, and how far they are: what a checkpoint holds."""
 
-    def __init__(self, run: Run, lr: float, device: torch.device, compiler: str) -> None:
-        self.run, self.device, self.step = run, device, 0
+    def __init__(
+        self, run: Run, config: MoDAConfig, lr: float, device: torch.device, compiler: str
+    ) -> None:
+        self.run, self.lr, self.device, self.step = run, lr, device, 0
         self.timed_steps, self.seconds, self.warm = 0, 0.0, False
         torch.manual_seed(run.seed)
         with device:
-            self.model = MoDALanguageModel(model_config(run.options))
+            self.model = MoDALanguageModel(config)
         self.loss: Callable[[Tensor, Tensor], Tensor] = mean_loss
         if compiler != "none":
             torch._dynamo.reset()
@@ -132,10 +143,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def train(run: Run, lr: float, text: Text, arguments: argparse.Namespace, bar: Any) -> None:
+def train(training: Training, text: Text, arguments: argparse.Namespace, bar: Any) -> None:
     """Train one run to its end, from its checkpoint if there is one."""
+    run = training.run
     options, device = run.training, arguments.device
-    training = Training(run, lr, device, arguments.compile)
     checkpoint = arguments.checkpoints / f"{run.name}.pt"
     if checkpoint.exists():
         training.load(checkpoint)
@@ -143,8 +154,7 @@ def train(run: Run, lr: float, text: Text, arguments: argparse.Namespace, bar: A
     bar.set_description(run.name)
     bar.update(training.step * options["batch"] * options["length"])
     recorded = {(record["run"], record.get("step")) for record in read_records([arguments.records])}
-    windows, kinds = text.held_out(options["held_out_windows"])
-    held_out = HeldOut(windows, kinds, text.kinds, options["batch"])
+    held_out = HeldOut(text, options["held_out_windows"], options["batch"])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     every, lost = options["evaluate_every"], False
@@ -161,14 +171,14 @@ def train(run: Run, lr: float, text: Text, arguments: argparse.Namespace, bar: A
             append(arguments.records, record)
         training.save(checkpoint)
         lost = record["training_loss"] is None  # and no step brings it back
-    append(arguments.records, ending(training, lr, text, held_out))
+    append(arguments.records, ending(training, text, held_out))
     checkpoint.unlink(missing_ok=True)
 
 
-def ending(training: Training, lr: float, text: Text, held_out: HeldOut) -> Record:
+def ending(training: Training, text: Text, held_out: HeldOut) -> Record:
     """The record of a run that has ended."""
     run, model, device = training.run, training.model, training.device
-    length, config = run.training["length"], asdict(run) | dict(lr=lr)
+    length, config = run.training["length"], asdict(run) | dict(lr=training.lr)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     tokens, rate = training.step * run.training["batch"] * length, training.tokens_per_s
     return dict(
@@ -184,7 +194,10 @@ def ending(training: Training, lr: float, text: Text, held_out: HeldOut) -> Reco
         text=text.about["sha256"],
         bytes_per_token=text.about["held_out"]["bytes"] / text.about["held_out"]["tokens"],
         machine=machine(device),
+        depth_keep=model.config.depth_keep,
         **held_out.report(model),
+        # Of training text: a policy may choose slots by it.
+        **attention_report(model, text.batch(run.seed, 0, min(8, run.training["batch"]))[:, :-1]),
     )
 
 
@@ -226,15 +239,20 @@ def work(chosen: list[Run], runs: list[Run], text: Text, arguments: argparse.Nam
                     continue
                 with claim(arguments.checkpoints / f"{run.name}.lock") as mine:
                     known = records()
-                    if any(r["run"] == run.name and r["what"] == "end" for r in known):
+                    if run.name in ends_of(known):
                         continue
                     if not mine:
                         busy.append(run.name)
-                    elif (lr := best_lr(run, runs, known)) is None:
-                        waiting.append(run.name)
+                    elif needed := missing(run, runs, known):
+                        waiting.append(f"{run.name} (needs {', '.join(needed)})")
                     else:
                         try:
-                            train(run, lr, text, arguments, bar)
+                            config = model_config(run.options, known)
+                            lr = best_lr(run, runs, known)
+                            training = Training(
+                                run, config, lr, arguments.device, arguments.compile
+                            )
+                            train(training, text, arguments, bar)
                         except Exception:
                             traceback.print_exc()
                             failed.append(run.name)
@@ -243,7 +261,7 @@ def work(chosen: list[Run], runs: list[Run], text: Text, arguments: argparse.Nam
             if tried:
                 continue
             if waiting and not busy:
-                failed += [f"{name} (the runs that tell its learning rate)" for name in waiting]
+                failed += waiting
             if not (waiting and busy):
                 break
             time.sleep(1)
