@@ -196,6 +196,13 @@ def test_an_interrupted_run_gives_the_same_records(
     for _ in range(2):  # the second time there is nothing to do
         code, printed = train(tmp_path, *arguments)
         assert code == 0, printed
+    changed = json.loads((tmp_path / "runs.json").read_text())
+    changed["training"]["clip"] = 2.0
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    options = f"{tmp_path}/changed.json --only main-moda-seed1 --records {tmp_path}/records.jsonl"
+    options += f" --checkpoints {tmp_path}/kept"
+    code, printed = run("docs/study/train.py", *options.split(), "--device", "cpu")
+    assert code == 1 and "main-moda-seed1 is recorded with other settings: training" in printed
     expected = [record for record in whole if record["run"] == "main-moda-seed1"]
 
     def same(record: dict[str, Any]) -> dict[str, Any]:
@@ -215,10 +222,10 @@ def test_what_stops_a_plan(text_file: Path, tmp_path: Path) -> None:
 
 def test_a_run_is_claimed_by_one_process_at_a_time(tmp_path: Path) -> None:
     claim = runpy.run_path(str(STUDY / "train.py"))["claim"]
-    with claim(tmp_path / "a.lock") as mine:
-        with claim(tmp_path / "a.lock") as other, claim(tmp_path / "b.lock") as free:
-            assert (mine, other, free) == (True, False, True)
-    with claim(tmp_path / "a.lock") as mine:
+    a, b = tmp_path / "a.lock", tmp_path / "b.lock"
+    with claim(a) as mine, claim(a) as other, claim(b) as free:
+        assert (mine, other, free) == (True, False, True)
+    with claim(a) as mine:
         assert mine
 
 

@@ -16,6 +16,7 @@ holds for one pair that was chosen beforehand, not for the best of many.
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
@@ -23,11 +24,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-Record = dict[str, Any]
-Models = dict[tuple[str, str], list[Record]]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from study_figures import Evaluations, Models, Record, draw
 
 
-def read(paths: Iterable[Path]) -> tuple[list[Record], dict[str, list[Record]]]:
+def read(paths: Iterable[Path]) -> tuple[list[Record], Evaluations]:
     """The ends of runs, and the evaluations of each run in order; a line that is twice counts once.
 
     A run that has no end has evaluations alone.
@@ -73,7 +75,7 @@ def table(heading: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -
     return "\n".join([f"## {heading}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
-def tables(ends: list[Record], evaluations: dict[str, list[Record]]) -> str:
+def tables(ends: list[Record], evaluations: Evaluations) -> str:
     """All of tables.md."""
     models = by_model(ends)
     every = [
@@ -136,100 +138,18 @@ def sink_share(run: Record) -> list[float]:
     return [value for value in run["sink_mass"] if value is not None]
 
 
-def plot_curves(models: Models, evaluations: dict[str, list[Record]], path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    groups = sorted({group for group, _ in models})
-    size = (11, 4 * max(1, len(groups)))
-    figure, axes = plt.subplots(
-        max(1, len(groups)), 2, figsize=size, layout="constrained", squeeze=False
-    )
-    for row, group in zip(axes, groups, strict=False):
-        for axis, name in zip(row, ("tokens", "device_s"), strict=True):
-            for (of, model), runs in models.items():
-                curves = [evaluations.get(run["run"], []) for run in runs]
-                points = [p for p in zip(*curves, strict=False) if known(p, name)]
-                if of != group or not points:
-                    continue
-                x = [mean(record[name] for record in point) for point in points]
-                losses = [[record["held_out_loss"] for record in point] for point in points]
-                axis.plot(x, [mean(each) for each in losses], label=model)
-                axis.fill_between(x, [*map(min, losses)], [*map(max, losses)], alpha=0.2)
-            axis.set(title=group, xlabel=name.replace("device_s", "device time, seconds"))
-            axis.set_ylabel("held-out loss, nats per token")
-        row[0].legend(fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
-
-
-def known(point: Sequence[Record], name: str) -> bool:
-    return all(None not in (record[name], record["held_out_loss"]) for record in point)
-
-
-def plot_lines(lines: dict[str, tuple[list[Any], list[Any]]], labels: Sequence[str], path: Path,
-               scale: str = "linear") -> None:  # fmt: skip
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, (x, y) in lines.items():
-        axis.plot(x, y, ".-", label=name)
-    axis.set(xlabel=labels[0], ylabel=labels[1], xscale=scale)
-    if lines:
-        axis.legend(fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
-
-
-def plot_mass(models: Models, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    shown = {key: runs[0] for key, runs in models.items() if any(runs[0]["depth_slots"])}
-    count = max(1, len(shown))
-    figure, axes = plt.subplots(
-        1, count, figsize=(4.5 * count, 4), layout="constrained", squeeze=False
-    )
-    for axis, ((group, model), run) in zip(axes[0], shown.items(), strict=False):
-        slots = 1 + max(slot for row in run["depth_slots"] for slot in row)
-        grid = [[float("nan")] * slots for _ in run["depth_slots"]]
-        for line, row, mass in zip(grid, run["depth_slots"], run["depth_mass"], strict=True):
-            for slot, value in zip(row, mass, strict=True):
-                line[slot] = float("nan") if value is None else value
-        figure.colorbar(axis.imshow(grid, aspect="auto"), ax=axis)
-        axis.set(title=f"{group}, {model}", xlabel="depth slot", ylabel="read")
-    figure.savefig(path, metadata={"Date": None})
-
-
 def main() -> None:
-    import matplotlib
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS.jsonl")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     arguments = parser.parse_args()
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "moda"
     ends, evaluations = read(arguments.records)
     models, folder = by_model(ends), arguments.output
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tables.md").write_text(tables(ends, evaluations))
-    plot_curves(models, evaluations, folder / "curves.svg")
-    rates: dict[str, tuple[list[Any], list[Any]]] = {}
-    for end in sorted(ends, key=lambda end: end["lr"]):
-        if end["lr_from"] is None and end["held_out_loss"] is not None:
-            x, y = rates.setdefault(f"{end['group']}, {end['model']}", ([], []))
-            x.append(end["lr"]), y.append(end["held_out_loss"])
-    loss = "held-out loss, nats per token"
-    plot_lines(rates, ("learning rate", loss), folder / "learning_rate.svg", "log")
-    positions = {
-        f"{group}, {model}": (
-            list(range(1, 1 + len(whole[0]))),
-            [mean(part) for part in zip(*whole, strict=True)],
-        )
-        for (group, model), runs in models.items()
-        if (whole := [r["loss_by_position"] for r in runs if None not in r["loss_by_position"]])
-    }
-    plot_lines(positions, ("part of the window", loss), folder / "position.svg")
-    plot_mass(models, folder / "depth_mass.svg")
+    draw(ends, models, evaluations, folder)
 
 
 if __name__ == "__main__":

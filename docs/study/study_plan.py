@@ -43,6 +43,18 @@ class Run:
     training: dict[str, Any]
     predicted_s: float
 
+    def settings(self, lr: float, text: str) -> Record:
+        """What the result depends on, as JSON gives it back; ``text`` is the hash of the text."""
+        options = {k: v for k, v in self.options.items() if k not in ("tokens_per_s", "source")}
+        return dict(
+            seed=self.seed,
+            tokens=self.tokens,
+            lr=lr,
+            text=text,
+            options=options,
+            training=self.training,
+        )
+
     @property
     def steps(self) -> int:
         """Steps of optimization."""

@@ -19,6 +19,7 @@ class Text:
     def __init__(self, path: Path, length: int) -> None:
         self.about = json.loads(Path(f"{path}.json").read_text())
         self.length = length
+        self.hash: str = self.about["sha256"]
         self.tokens = np.memmap(path, dtype=self.about["dtype"], mode="r")
         self.held_out_from: int = self.about["held_out_from"]
         self.windows = (self.held_out_from - 1) // length

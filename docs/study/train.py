@@ -15,23 +15,20 @@ import argparse
 import fcntl
 import fnmatch
 import json
-import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 
-from study_measure import HeldOut, attention_report, autocast, finite, token_losses  # noqa: E402
+from study_measure import HeldOut, attention_report, finite  # noqa: E402
 from study_plan import (  # noqa: E402
     Record,
     Run,
@@ -43,104 +40,9 @@ from study_plan import (  # noqa: E402
     read_records,
 )
 from study_text import Text  # noqa: E402
+from study_training import Training  # noqa: E402
 
 from moda_ops.bench.report import machine  # noqa: E402
-from moda_ops.nn import MoDAConfig, MoDALanguageModel, compile_blocks  # noqa: E402
-
-
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return token_losses(logits, targets).mean()
-
-
-class Training:
-    """A model, its optimizer, and how far they are: what a checkpoint holds."""
-
-    def __init__(
-        self, run: Run, config: MoDAConfig, lr: float, device: torch.device, compiler: str
-    ) -> None:
-        self.run, self.lr, self.device, self.step = run, lr, device, 0
-        self.timed_steps, self.seconds, self.warm = 0, 0.0, False
-        torch.manual_seed(run.seed)
-        with device:
-            self.model = MoDALanguageModel(config)
-        self.loss: Callable[[Tensor, Tensor], Tensor] = mean_loss
-        if compiler != "none":
-            torch._dynamo.reset()
-            compile_blocks(self.model, backend=compiler)
-            self.loss = torch.compile(mean_loss, backend=compiler)
-        options = run.training
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        gains = [p for p in self.model.parameters() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                dict(params=matrices, weight_decay=options["weight_decay"]),
-                dict(params=gains, weight_decay=0.0),
-            ],
-            lr=lr,
-            betas=tuple(options["betas"]),
-            fused=True,
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._fraction)
-
-    def _fraction(self, step: int) -> float:
-        """Of the highest learning rate: linear warm-up, then a cosine down to ``last_lr``."""
-        options = self.run.training
-        warm_up = max(1, round(options["warm_up"] * self.run.steps))
-        if step < warm_up:
-            return (step + 1) / warm_up
-        done = (step - warm_up) / max(1, self.run.steps - warm_up)
-        last = options["last_lr"]
-        return last + (1 - last) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-
-    def train(self, text: Text, until: int, bar: Any) -> float:
-        """Train to a step; the mean loss of the steps."""
-        options = self.run.training
-        total, first, start = torch.zeros((), device=self.device), self.step, time.perf_counter()
-        for step in range(first, until):
-            rows = text.batch(self.run.seed, step, options["batch"]).to(self.device)
-            with autocast(self.device):
-                logits = self.model(rows[:, :-1])
-            loss = self.loss(logits, rows[:, 1:])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), options["clip"])
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.schedule.step()
-            total += loss.detach()
-            bar.update(rows[:, 1:].numel())
-            if self.warm:
-                self.timed_steps += 1
-            else:  # the first step of a process compiles
-                synchronize(self.device)
-                self.warm, start = True, time.perf_counter()
-        synchronize(self.device)
-        self.seconds += time.perf_counter() - start
-        self.step = until
-        return total.item() / (until - first)
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        per_step = self.run.training["batch"] * self.run.training["length"]
-        return per_step * self.timed_steps / self.seconds if self.timed_steps else None
-
-    def save(self, path: Path) -> None:
-        state = {name: getattr(self, name) for name in ("step", "timed_steps", "seconds")}
-        for name in ("model", "optimizer", "schedule"):
-            state[name] = getattr(self, name).state_dict()
-        torch.save(state, path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
-
-    def load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        for name in ("step", "timed_steps", "seconds"):
-            setattr(self, name, state[name])
-        for name in ("model", "optimizer", "schedule"):
-            getattr(self, name).load_state_dict(state[name])
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def train(training: Training, text: Text, arguments: argparse.Namespace, bar: Any) -> None:
@@ -171,27 +73,31 @@ def train(training: Training, text: Text, arguments: argparse.Namespace, bar: An
             append(arguments.records, record)
         training.save(checkpoint)
         lost = record["training_loss"] is None  # and no step brings it back
-    append(arguments.records, ending(training, text, held_out))
+    append(arguments.records, ending(training, text, held_out, arguments.compile))
     checkpoint.unlink(missing_ok=True)
 
 
-def ending(training: Training, text: Text, held_out: HeldOut) -> Record:
+def ending(training: Training, text: Text, held_out: HeldOut, compiler: str) -> Record:
     """The record of a run that has ended."""
     run, model, device = training.run, training.model, training.device
-    length, config = run.training["length"], asdict(run) | dict(lr=training.lr)
+    length = run.training["length"]
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     tokens, rate = training.step * run.training["batch"] * length, training.tokens_per_s
     return dict(
         what="end",
-        run=config.pop("name"),
-        **config,
+        run=run.name,
+        group=run.group,
+        model=run.model,
+        lr_from=run.lr_from,
+        **training.settings,
+        predicted_s=run.predicted_s,
+        compile=compiler,
         trained_tokens=tokens,
         parameters=model.num_parameters(),
         forward_flops_per_token=model.flops(1, length) / length,
         tokens_per_s=rate,
         device_s=None if rate is None else tokens / rate,
         peak_gib=peak,
-        text=text.about["sha256"],
         bytes_per_token=text.about["held_out"]["bytes"] / text.about["held_out"]["tokens"],
         machine=machine(device),
         depth_keep=model.config.depth_keep,
@@ -222,6 +128,14 @@ def claim(path: Path) -> Iterator[bool]:
             yield True
 
 
+def check_settings(run: Run, end: Record, text: Text) -> None:
+    """Stop if a run of this name has ended that is not this run."""
+    settings = run.settings(end["lr"] if run.lr is None else run.lr, text.hash)
+    changed = [name for name, value in settings.items() if end[name] != value]
+    if changed:
+        sys.exit(f"{run.name} is recorded with other settings: {', '.join(changed)}")
+
+
 def work(chosen: list[Run], runs: list[Run], text: Text, arguments: argparse.Namespace) -> None:
     """Train what is left of the chosen runs, the longest first, until nothing is left."""
     from tqdm import tqdm
@@ -239,7 +153,8 @@ def work(chosen: list[Run], runs: list[Run], text: Text, arguments: argparse.Nam
                     continue
                 with claim(arguments.checkpoints / f"{run.name}.lock") as mine:
                     known = records()
-                    if run.name in ends_of(known):
+                    if end := ends_of(known).get(run.name):
+                        check_settings(run, end, text)
                         continue
                     if not mine:
                         busy.append(run.name)
@@ -248,9 +163,9 @@ def work(chosen: list[Run], runs: list[Run], text: Text, arguments: argparse.Nam
                     else:
                         try:
                             config = model_config(run.options, known)
-                            lr = best_lr(run, runs, known)
+                            settings = run.settings(best_lr(run, runs, known), text.hash)
                             training = Training(
-                                run, config, lr, arguments.device, arguments.compile
+                                run, config, settings, arguments.device, arguments.compile
                             )
                             train(training, text, arguments, bar)
                         except Exception:
