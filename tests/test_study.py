@@ -216,6 +216,8 @@ def test_what_stops_a_plan(text_file: Path, tmp_path: Path) -> None:
     assert code == 1 and "main-moda-seed0 (needs sweep-moda-lr0.001-seed0, " in printed
     code, printed = train(tmp_path, text_file, "--only", "nothing")
     assert code == 2 and "no run or group of the plan has such a name" in printed
+    code, printed = train(tmp_path, text_file, "--only", "sweep", "--seconds", "0.5")
+    assert code == 0 and "no time for sweep-moda-lr0.001-seed0, " in printed, printed
     code, printed = train(tmp_path, text_file, "--list")
     assert code == 0 and "      1 s  sweep-moda-lr0.001-seed0" in printed
 

@@ -1,5 +1,6 @@
-"""The plan of the study: what runs.json says, as one :class:`Run` for each training run."""
+"""The plan of the study: one :class:`Run` for each training run of runs.json; and the records."""
 
+import fcntl
 import json
 import math
 from collections.abc import Iterable
@@ -109,6 +110,14 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
     """The lines of files of records, as far as the files are there."""
     lines = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
     return [json.loads(line) for line in lines]
+
+
+def append(path: Path, record: Record) -> None:
+    """One line; other processes may append to the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        opened.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def missing(run: Run, runs: Iterable[Run], records: Iterable[Record]) -> list[str]:

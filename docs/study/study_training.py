@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_measure import autocast, token_losses
-from study_plan import Record, Run
+from study_measure import HeldOut, attention_report, autocast, finite, token_losses
+from study_plan import Record, Run, append, read_records
 from study_text import Text
 from torch import Tensor
 
+from moda_ops.bench.report import machine
 from moda_ops.nn import MoDAConfig, MoDALanguageModel, compile_blocks
 
 
@@ -25,7 +26,8 @@ class Training:
     def __init__(
         self, run: Run, config: MoDAConfig, settings: Record, device: torch.device, compiler: str
     ) -> None:
-        self.run, self.settings, self.device, self.step = run, settings, device, 0
+        self.run, self.settings, self.device, self.compiler = run, settings, device, compiler
+        self.step = 0
         self.timed_steps, self.seconds, self.warm = 0, 0.0, False
         torch.manual_seed(run.seed)
         with device:
@@ -111,3 +113,68 @@ class Training:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def train(training: Training, text: Text, records: Path, checkpoints: Path, bar: Any) -> None:
+    """Train one run to its end, from its checkpoint if there is one."""
+    run = training.run
+    options, device = run.training, training.device
+    checkpoint = checkpoints / f"{run.name}.pt"
+    if checkpoint.exists():
+        training.load(checkpoint)
+    bar.reset(run.steps * options["batch"] * options["length"])
+    bar.set_description(run.name)
+    bar.update(training.step * options["batch"] * options["length"])
+    recorded = {(record["run"], record.get("step")) for record in read_records([records])}
+    held_out = HeldOut(text, options["held_out_windows"], options["batch"])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    every, lost = options["evaluate_every"], False
+    while training.step < run.steps and not lost:
+        until = min(training.step - training.step % every + every, run.steps)
+        loss = training.train(text, until, bar)
+        tokens = until * options["batch"] * options["length"]
+        rate = training.tokens_per_s
+        record: Record = dict(what="evaluation", run=run.name, step=until, tokens=tokens)
+        record["device_s"] = None if rate is None else tokens / rate
+        record["training_loss"] = finite(loss)
+        record["held_out_loss"] = held_out.loss(training.model)
+        if (run.name, until) not in recorded:  # or it was interrupted between these two
+            append(records, record)
+        training.save(checkpoint)
+        lost = record["training_loss"] is None  # and no step brings it back
+    end = ending(training, text, held_out)
+    append(records, end)
+    speed = "" if end["tokens_per_s"] is None else f", {end['tokens_per_s']:,.0f} tokens/s"
+    bar.write(f"{run.name}: held-out loss {end['held_out_loss']}{speed}")
+    checkpoint.unlink(missing_ok=True)
+
+
+def ending(training: Training, text: Text, held_out: HeldOut) -> Record:
+    """The record of a run that has ended."""
+    run, model, device = training.run, training.model, training.device
+    length = run.training["length"]
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    tokens, rate = training.step * run.training["batch"] * length, training.tokens_per_s
+    return dict(
+        what="end",
+        run=run.name,
+        group=run.group,
+        model=run.model,
+        lr_from=run.lr_from,
+        **training.settings,
+        predicted_s=run.predicted_s,
+        compile=training.compiler,
+        trained_tokens=tokens,
+        parameters=model.num_parameters(),
+        forward_flops_per_token=model.flops(1, length) / length,
+        tokens_per_s=rate,
+        device_s=None if rate is None else tokens / rate,
+        peak_gib=peak,
+        bytes_per_token=text.about["held_out"]["bytes"] / text.about["held_out"]["tokens"],
+        machine=machine(device),
+        depth_keep=model.config.depth_keep,
+        **held_out.report(model),
+        # Of training text: a policy may choose slots by it.
+        **attention_report(model, text.batch(run.seed, 0, min(8, run.training["batch"]))[:, :-1]),
+    )

@@ -14,7 +14,7 @@ Records are lines of JSON: "evaluation" of a run, one for every evaluation, and 
 import argparse
 import fcntl
 import fnmatch
-import json
+import math
 import sys
 import time
 import traceback
@@ -28,7 +28,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 
-from study_measure import HeldOut, attention_report, finite  # noqa: E402
 from study_plan import (  # noqa: E402
     Record,
     Run,
@@ -40,79 +39,7 @@ from study_plan import (  # noqa: E402
     read_records,
 )
 from study_text import Text  # noqa: E402
-from study_training import Training  # noqa: E402
-
-from moda_ops.bench.report import machine  # noqa: E402
-
-
-def train(training: Training, text: Text, arguments: argparse.Namespace, bar: Any) -> None:
-    """Train one run to its end, from its checkpoint if there is one."""
-    run = training.run
-    options, device = run.training, arguments.device
-    checkpoint = arguments.checkpoints / f"{run.name}.pt"
-    if checkpoint.exists():
-        training.load(checkpoint)
-    bar.reset(run.steps * options["batch"] * options["length"])
-    bar.set_description(run.name)
-    bar.update(training.step * options["batch"] * options["length"])
-    recorded = {(record["run"], record.get("step")) for record in read_records([arguments.records])}
-    held_out = HeldOut(text, options["held_out_windows"], options["batch"])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    every, lost = options["evaluate_every"], False
-    while training.step < run.steps and not lost:
-        until = min(training.step - training.step % every + every, run.steps)
-        loss = training.train(text, until, bar)
-        tokens = until * options["batch"] * options["length"]
-        rate = training.tokens_per_s
-        record: Record = dict(what="evaluation", run=run.name, step=until, tokens=tokens)
-        record["device_s"] = None if rate is None else tokens / rate
-        record["training_loss"] = finite(loss)
-        record["held_out_loss"] = held_out.loss(training.model)
-        if (run.name, until) not in recorded:  # or it was interrupted between these two
-            append(arguments.records, record)
-        training.save(checkpoint)
-        lost = record["training_loss"] is None  # and no step brings it back
-    append(arguments.records, ending(training, text, held_out, arguments.compile))
-    checkpoint.unlink(missing_ok=True)
-
-
-def ending(training: Training, text: Text, held_out: HeldOut, compiler: str) -> Record:
-    """The record of a run that has ended."""
-    run, model, device = training.run, training.model, training.device
-    length = run.training["length"]
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    tokens, rate = training.step * run.training["batch"] * length, training.tokens_per_s
-    return dict(
-        what="end",
-        run=run.name,
-        group=run.group,
-        model=run.model,
-        lr_from=run.lr_from,
-        **training.settings,
-        predicted_s=run.predicted_s,
-        compile=compiler,
-        trained_tokens=tokens,
-        parameters=model.num_parameters(),
-        forward_flops_per_token=model.flops(1, length) / length,
-        tokens_per_s=rate,
-        device_s=None if rate is None else tokens / rate,
-        peak_gib=peak,
-        bytes_per_token=text.about["held_out"]["bytes"] / text.about["held_out"]["tokens"],
-        machine=machine(device),
-        depth_keep=model.config.depth_keep,
-        **held_out.report(model),
-        # Of training text: a policy may choose slots by it.
-        **attention_report(model, text.batch(run.seed, 0, min(8, run.training["batch"]))[:, :-1]),
-    )
-
-
-def append(path: Path, record: Record) -> None:
-    """One line; other processes may append to the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        opened.write(json.dumps(record, allow_nan=False) + "\n")
+from study_training import Training, train  # noqa: E402
 
 
 @contextmanager
@@ -136,6 +63,26 @@ def check_settings(run: Run, end: Record, text: Text) -> None:
         sys.exit(f"{run.name} is recorded with other settings: {', '.join(changed)}")
 
 
+def attempt(
+    run: Run,
+    runs: list[Run],
+    known: list[Record],
+    text: Text,
+    arguments: argparse.Namespace,
+    bar: Any,
+) -> bool:
+    """Train the run; whether nothing failed, else the error is printed."""
+    try:
+        settings = run.settings(best_lr(run, runs, known), text.hash)
+        config = model_config(run.options, known)
+        training = Training(run, config, settings, arguments.device, arguments.compile)
+        train(training, text, arguments.records, arguments.checkpoints, bar)
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
+
+
 def work(chosen: list[Run], runs: list[Run], text: Text, arguments: argparse.Namespace) -> None:
     """Train what is left of the chosen runs, the longest first, until nothing is left."""
     from tqdm import tqdm
@@ -143,11 +90,12 @@ def work(chosen: list[Run], runs: list[Run], text: Text, arguments: argparse.Nam
     def records() -> list[Record]:
         return read_records([arguments.records, *arguments.earlier])
 
-    failed: list[str] = []
+    start, failed = time.monotonic(), list[str]()
     longest_first = sorted(chosen, key=lambda run: run.predicted_s, reverse=True)
     with tqdm(unit=" tokens", unit_scale=True, position=arguments.process[0], disable=None) as bar:
         while True:
-            busy, waiting, tried = [], [], False
+            left = arguments.seconds - (time.monotonic() - start)
+            busy, waiting, late, tried = [], [], [], False
             for run in longest_first:
                 if run.name in failed:
                     continue
@@ -158,28 +106,24 @@ def work(chosen: list[Run], runs: list[Run], text: Text, arguments: argparse.Nam
                         continue
                     if not mine:
                         busy.append(run.name)
+                    elif run.predicted_s > left:
+                        late.append(run.name)
                     elif needed := missing(run, runs, known):
                         waiting.append(f"{run.name} (needs {', '.join(needed)})")
                     else:
-                        try:
-                            config = model_config(run.options, known)
-                            settings = run.settings(best_lr(run, runs, known), text.hash)
-                            training = Training(
-                                run, config, settings, arguments.device, arguments.compile
-                            )
-                            train(training, text, arguments, bar)
-                        except Exception:
-                            traceback.print_exc()
+                        if not attempt(run, runs, known, text, arguments, bar):
                             failed.append(run.name)
                         tried = True
                         break  # another run may now be the longest that is ready
             if tried:
                 continue
-            if waiting and not busy:
+            if waiting and not (busy or late):
                 failed += waiting
             if not (waiting and busy):
                 break
             time.sleep(1)
+    if late:
+        print(f"no time for {', '.join(late + waiting)}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -206,6 +150,12 @@ def main() -> None:
         "--earlier", type=Path, nargs="+", default=[], help="records of sessions before this one"
     )
     parser.add_argument("--checkpoints", type=Path, default=Path("out/study/checkpoints"))
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="start no run that is predicted to end later",
+    )
     parser.add_argument("--compile", default="inductor", help='a backend, or "none"')
     arguments = parser.parse_args()
     runs, plan = read_plan(arguments.plan)
