@@ -46,6 +46,7 @@ GROUPS = dict(
         models=["residual", "moda"], tokens=5 * BATCH * LENGTH, lr={"from": "sweep"}, seeds=[0, 1]
     ),
     rest=dict(models=["bounded", "chosen"], tokens=2 * BATCH * LENGTH, lr=[1e-3], seeds=[0]),
+    lost=dict(models=["residual"], tokens=6 * BATCH * LENGTH, lr=[1e30], seeds=[0]),
 )  # fmt: skip
 TIMES = {"device_s", "tokens_per_s", "peak_gib", "machine"}
 
@@ -141,6 +142,7 @@ def test_records_of_a_plan(trained: Path) -> None:
     assert set(ends) == {
         *(f"sweep-{m}-lr{lr}-seed0" for m in ("moda", "residual") for lr in ("0.001", "0.01")),
         *(f"main-{m}-seed{seed}" for m in ("moda", "residual") for seed in (0, 1)),
+        "lost-residual-lr1e+30-seed0",
         *(f"rest-{m}-lr0.001-seed0" for m in ("bounded", "chosen")),
     }
     for model in ("moda", "residual"):
@@ -149,6 +151,8 @@ def test_records_of_a_plan(trained: Path) -> None:
         assert {ends[f"main-{model}-seed{seed}"]["lr"] for seed in (0, 1)} == {best}
         steps = [r["step"] for r in found if r["run"] == f"main-{model}-seed0" and "step" in r]
         assert steps == [2, 4, 5]
+    lost = ends["lost-residual-lr1e+30-seed0"]  # stops when the loss is no number
+    assert lost["held_out_loss"] is None and lost["trained_tokens"] < lost["tokens"]
     end = ends["main-moda-seed0"]
     assert end["trained_tokens"] == 5 * BATCH * LENGTH and end["tokens_per_s"] > 0
     assert len(end["depth_mass"][2]) == 4 and ends["main-residual-seed0"]["depth_slots"][2] == []
@@ -211,13 +215,20 @@ def test_an_interrupted_run_gives_the_same_records(
     assert list(map(same, records(tmp_path))) == list(map(same, expected))
 
 
-def test_what_stops_a_plan(text_file: Path, tmp_path: Path) -> None:
+def test_what_stops_a_plan(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, printed = train(tmp_path, text_file, "--only", "main")
     assert code == 1 and "main-moda-seed0 (needs sweep-moda-lr0.001-seed0, " in printed
     code, printed = train(tmp_path, text_file, "--only", "nothing")
     assert code == 2 and "no run or group of the plan has such a name" in printed
     code, printed = train(tmp_path, text_file, "--only", "sweep", "--seconds", "0.5")
     assert code == 0 and "no time for sweep-moda-lr0.001-seed0, " in printed, printed
+    with monkeypatch.context() as patch:
+        patch.setattr(Text, "batch", lambda *_: 1 / 0)
+        code, printed = train(tmp_path, text_file, "--only", "sweep*", "--compile", "none")
+    assert code == 1 and printed.count("ZeroDivisionError") == 4, printed
+    assert "failed: sweep-moda-lr0.001-seed0, sweep-moda-lr0.01-seed0, " in printed
     code, printed = train(tmp_path, text_file, "--list")
     assert code == 0 and "      1 s  sweep-moda-lr0.001-seed0" in printed
 
@@ -248,6 +259,7 @@ def test_figures_and_tables(trained: Path, tmp_path: Path) -> None:
     assert written[0] == written[1]
     names = {"curves.svg", "learning_rate.svg", "position.svg", "depth_mass.svg", "tables.md"}
     assert set(written[0]) == names
+    assert "| lost | residual | 1 | 1 | none | none |" in written[0]["tables.md"].decode()
     losses = {r["run"]: r["held_out_loss"] for r in records(trained) if r["what"] == "end"}
     a, b = (losses[f"main-moda-seed{s}"] - losses[f"main-residual-seed{s}"] for s in (0, 1))
     half = 12.7062 * abs(a - b) / 2  # t of one degree of freedom; the deviation over sqrt(2)

@@ -93,7 +93,8 @@ def tables(ends: list[Record], evaluations: Evaluations) -> str:
     for (group, model), runs in models.items():
         losses = [run["held_out_loss"] for run in runs if run["held_out_loss"] is not None]
         deviation = stdev(losses) if len(losses) > 1 else None
-        spread.append((group, model, len(losses), mean(losses) if losses else None, deviation))
+        middle, lost = mean(losses) if losses else None, len(runs) - len(losses)
+        spread.append((group, model, len(runs), lost, middle, deviation))
     pairs = []
     for (one, a), (other, b) in combinations(models, 2):
         found = difference(models[one, a], models[other, b]) if one == other else None
@@ -115,7 +116,8 @@ def tables(ends: list[Record], evaluations: Evaluations) -> str:
         table("Runs", ["run", "learning rate", "tokens", "held-out loss", "parameters",
                        "forward MFLOPs/token", "tokens/s", "device s", "predicted s", "device"],
               sorted(every)),
-        table("Models", ["group", "model", "seeds", "held-out loss", "standard deviation"], spread),
+        table("Models", ["group", "model", "seeds", "diverged", "held-out loss",
+                         "standard deviation"], spread),
         table("Pairs", ["group", "models", "seeds", "difference", "95 % interval"], pairs),
         table("Attention", ["group", "model", "share of depth", "share of the first key"],
               attention),

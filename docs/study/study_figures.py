@@ -56,8 +56,13 @@ def draw_curves(models: Models, evaluations: Evaluations, path: Path) -> None:
                 axis.plot(x, [mean(each) for each in losses], label=model)
                 axis.fill_between(x, [*map(min, losses)], [*map(max, losses)], alpha=0.2)
             axis.set(title=group, xlabel=label, ylabel=LOSS)
-        row[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        add_legend(row[1])
     save(figure, path)
+
+
+def add_legend(axis: Any) -> None:
+    if axis.lines:
+        axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def known(point: Sequence[Record], name: str) -> bool:
@@ -90,8 +95,7 @@ def draw_lines(lines: dict[str, dict[Any, float]], label: str, scale: str, path:
     for name, points in lines.items():
         axis.plot(list(points), list(points.values()), marker=".", label=name)
     axis.set(xlabel=label, ylabel=LOSS, xscale=scale)
-    if lines:
-        axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    add_legend(axis)
     save(figure, path)
 
 
