@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--process", type=process, default=(0, 1), metavar="I/N", help="on GPU I")
     parser.add_argument("--records", type=Path, default=Path("out/study/records.jsonl"))
     parser.add_argument(
-        "--earlier", type=Path, nargs="+", default=[], help="records of sessions before this one"
+        "--earlier", type=Path, nargs="+", default=[], help="more records, read but not written"
     )
     parser.add_argument("--checkpoints", type=Path, default=Path("out/study/checkpoints"))
     parser.add_argument(
