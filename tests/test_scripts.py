@@ -38,6 +38,9 @@ RUNS = {  # script: arguments of a tiny run; several scripts have tiny sizes of 
 ELSEWHERE = {  # script: the test that runs it
     "docs/examples/train_parallel.py": "tests/test_distributed.py",
     "docs/examples/train_pipeline.py": "tests/test_distributed.py",
+    "docs/study/plot.py": "tests/test_study.py",
+    "docs/study/prepare_text.py": "tests/test_study.py",
+    "docs/study/train.py": "tests/test_study.py",
     "tests/benchmarks/parallel_step.py": "tests/test_distributed.py",
     "tests/fuzz.py": "tests/test_fuzz.py",
     "tests/kernels/compile_for.py": "tests/kernels/test_other_gpus.py",
