@@ -6,7 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from moda_ops.checks import BATCHED, Axes, Plan, check_both
+from moda_ops.checks import BATCHED, Axes, Plan, check_both, sum_dtype
 from moda_ops.names import knows_other_names
 
 Depth = Sequence[Tensor] | Tensor
@@ -144,7 +144,7 @@ def moda_attention(
         softcap=softcap,
         plan=plan,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse.to(sum_dtype(q))) if return_lse else out
 
 
 def check_tensors(**arguments: object) -> None:

@@ -24,9 +24,18 @@ DTYPES = {
 }
 
 
-def lse_dtype(q: Tensor) -> torch.dtype:
-    """The dtype of lse and of masses: at least float32."""
+def sum_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of the lse and masses that public functions return: at least float32."""
     return torch.promote_types(q.dtype, torch.float32)
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of the lse that operators hand to their backward: float64 for float32 inputs.
+
+    At 1,000 the spacing of float32 numbers is 6e-5, and a probability exp(score - lse) would be
+    wrong by as much.
+    """
+    return torch.float64 if q.dtype is torch.float32 else sum_dtype(q)
 
 
 class Axes(NamedTuple):
@@ -127,7 +136,7 @@ def check_depth_mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, options: "Op
     _check_slots("k_depth", "D", q, k_depth, H, D, BATCHED, L)
     _check_heads(HQ, H, D, D, "k_depth", "q")
     # Either the operators' own lse or a public function's.
-    dtype = lse_dtype(q)
+    dtype = lse.dtype if lse.dtype is lse_dtype(q) else sum_dtype(q)
     check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", dtype, q.device)
     _check_options(options)
 

@@ -19,7 +19,7 @@ from moda_ops.attention import (
     slot_lists,
     window_sides,
 )
-from moda_ops.checks import check_attention, check_backward, check_chunk_size
+from moda_ops.checks import check_attention, check_backward, check_chunk_size, sum_dtype
 from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options
 
@@ -150,7 +150,7 @@ def moda_chunk_attention(
         window_left=window_sides(window)[0],
         softcap=softcap,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse.to(sum_dtype(q))) if return_lse else out
 
 
 def _attention(

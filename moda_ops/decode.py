@@ -19,7 +19,7 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.autograd import refuse_gradients
-from moda_ops.checks import DECODING, check_both, check_decode, lse_dtype
+from moda_ops.checks import DECODING, check_both, check_decode, sum_dtype
 from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options, implementation
 
@@ -124,7 +124,7 @@ def _decode_append_fake(
 
 def _results(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
     B, N, HQ, _ = q.shape
-    return q.new_empty(B, N, HQ, v_cache.shape[-1]), q.new_empty(B, HQ, N, dtype=lse_dtype(q))
+    return q.new_empty(B, N, HQ, v_cache.shape[-1]), q.new_empty(B, HQ, N, dtype=sum_dtype(q))
 
 
 for _name, _kernel, _fake in (

@@ -16,7 +16,7 @@ from moda_ops.attention import (
     check_tensors,
     slot_lists,
 )
-from moda_ops.checks import check_backward, check_depth_attention, depth_heads, lse_dtype
+from moda_ops.checks import check_backward, check_depth_attention, depth_heads, lse_dtype, sum_dtype
 from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options
 
@@ -123,7 +123,7 @@ def moda_depth_attention(
         scale=scale,
         softcap=softcap,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse.to(sum_dtype(q))) if return_lse else out
 
 
 def _no_sequence(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tuple[Tensor, Tensor]:

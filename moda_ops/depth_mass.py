@@ -21,7 +21,7 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.autograd import without_gradient
-from moda_ops.checks import check_cu_seqlens, check_depth_mass, check_like, is_packed, lse_dtype
+from moda_ops.checks import check_cu_seqlens, check_depth_mass, check_like, is_packed, sum_dtype
 from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, Options
 
@@ -157,7 +157,7 @@ def moda_sink_mass(
     (B, T, HQ, D), (_, S, H, _) = q.shape, k.shape
     dtype = k.dtype if autocast_enabled(q.device) else q.dtype  # autocast casts both
     check_like("k", k, (B, S, H, D), "(B, S, H, D)", dtype, q.device)
-    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", lse_dtype(q), q.device)
+    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", sum_dtype(q), q.device)
     left = None if left is None else min(left, T + S)  # larger sides could wrap in 64 bits
     right = 0 if causal else None if right is None else min(right, T + S)
     token = torch.arange(T, device=q.device)
@@ -216,7 +216,7 @@ def _mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tens
 def _mass_fake(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tensor:
     check_depth_mass(q, k_depth, lse, Options(**options))
     slots = k_depth[0].shape[2] if is_packed(k_depth) else len(k_depth)
-    return q.new_empty(q.shape[0], q.shape[2], slots, dtype=lse_dtype(q))
+    return q.new_empty(q.shape[0], q.shape[2], slots, dtype=sum_dtype(q))
 
 
 for _device in ("CPU", "CUDA"):

@@ -333,7 +333,7 @@ def chunk_attention(
     scores, _ = _chunk_scores(rows, keys, chunk_keys, C, scale, left, softcap)
     p, lse = _softmax(scores)
     out = p[..., :S] @ values + _joined(_chunks(p[..., S:], C) @ chunk_values, T)
-    return _ungrouped(out).to(q.dtype).contiguous(), lse.flatten(1, 2)
+    return _ungrouped(out).to(q.dtype).contiguous(), lse.flatten(1, 2).to(lse_dtype(q))
 
 
 @_without_autocast

@@ -22,7 +22,7 @@ from moda_ops.attention import (
     window_sides,
 )
 from moda_ops.checkpointing import REENTRANT, in_reentrant_forward
-from moda_ops.checks import EMPTY_STREAM, Plan, check_both, slots_left
+from moda_ops.checks import EMPTY_STREAM, Plan, check_both, slots_left, sum_dtype
 from moda_ops.depth_attention import moda_depth_attention
 from moda_ops.names import knows_other_names
 from moda_ops.varlen import moda_attention_varlen
@@ -340,7 +340,7 @@ class DepthStream(NamedTuple):
         """:meth:`attend`, and ``lse`` (B, HQ, T) before the stream."""
         options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
         out, lse, stream = self._attend(q, k, v, cu_seqlens, **options)
-        return out, lse, stream
+        return out, lse.to(sum_dtype(q)), stream
 
     def _attend(
         self,

@@ -27,6 +27,7 @@ from moda_ops.checks import (
     check_backward,
     check_cu_seqlens,
     lse_dtype,
+    sum_dtype,
 )
 from moda_ops.names import knows_other_names
 from moda_ops.ops import LIBRARY, OPTIONS, Options, empty_like
@@ -286,4 +287,4 @@ def moda_attention_varlen(
         softcap=softcap,
         plan=plan,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse.to(sum_dtype(q))) if return_lse else out

@@ -30,7 +30,7 @@ from fuzz_draw import FAMILY, SIZES, Draw, depth
 from fuzz_stream import Program, stream
 from helpers import Inputs, assert_accurate, assert_decodes, assert_matches_reference, make_decoding
 from moda_ops import decode, ops
-from moda_ops.checks import lse_dtype
+from moda_ops.checks import sum_dtype
 from operators import BACKWARD, DIFFERENTIABLE, Call, make_call
 from test_batching import SIZE, loop, mapped_arguments
 from test_depth_mass import assert_mass
@@ -161,7 +161,7 @@ def mass(draw: Draw) -> None:
     of_scores = dict(scale=options["scale"], softcap=options["softcap"])
     arrays = inputs.numpy()
     lse = torch.from_numpy(moda_reference.attention(*arrays, **options)[1])
-    lse = lse.to(draw.at, lse_dtype(inputs.q))
+    lse = lse.to(draw.at, sum_dtype(inputs.q))
     lse_array, finite = lse.double().cpu().numpy(), lse.masked_fill(lse.isinf(), 1e9)
     placed, keys = inputs.map(draw.place), draw("keys", 1, 2, 5)
     depth_mass = moda_ops.moda_depth_mass(placed.q, depth(placed)[0], lse, **of_scores)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers import Inputs, make_inputs
-from moda_ops.checks import lse_dtype
+from moda_ops.checks import sum_dtype
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SIZES: dict[str, dict[str, tuple[Any, ...]]] = dict(
@@ -207,7 +207,7 @@ class Draw:
             row=lambda: randn(DV).expand(B, T, HQ, DV),
             number=lambda: randn(1).expand(B, T, HQ, DV),
         )[self("dout", "dense", "placed", "transposed", "row", "number")]()
-        dlse = randn(B, HQ, T).to(lse_dtype(inputs.q))
+        dlse = randn(B, HQ, T).to(sum_dtype(inputs.q))
         through = self("through", "both", "both", "out", "lse")
         dout = torch.zeros_like(dout) if through == "lse" else dout
         return dout, torch.zeros_like(dlse) if through == "out" else dlse
@@ -227,7 +227,7 @@ class Draw:
                 slots = [list(x.unbind(-3)) for x in (leaves.k_depth[0], leaves.v_depth[0])]
                 given = Inputs(*leaves[:3], *slots)
             results = out, lse = call(given)
-            assert out.dtype is inputs.q.dtype and lse.dtype is lse_dtype(out)
+            assert out.dtype is inputs.q.dtype and lse.dtype is sum_dtype(out)
             assert out.is_contiguous() and lse.is_contiguous()
             grads = torch.autograd.grad(
                 results[passed], leaves.leaves(), (dout, dlse)[passed], materialize_grads=True

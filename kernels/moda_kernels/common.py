@@ -169,12 +169,12 @@ def online_softmax(m_i, l_i, scores, excess):
 
 @triton.jit
 def base2_lse(lse, dtype: tl.constexpr):
-    """log2(e) times a natural-log lse, and what rounding took from it, which float32 inputs would notice."""
+    """log2(e) times a natural-log lse, and what rounding took from it: that of float32 inputs is float64."""
     if dtype == tl.float32:
         finite = tl.abs(lse) < float("inf")
         exact = tl.where(finite, lse, 0.0).to(tl.float64) * LOG2E
         high = exact.to(tl.float32)
-        return tl.where(finite, high, lse), (exact - high).to(tl.float32)
+        return tl.where(finite, high, lse.to(tl.float32)), (exact - high).to(tl.float32)
     else:
         return lse * LOG2E, tl.zeros_like(lse)
 
@@ -188,9 +188,9 @@ def base2_log_p(scores, excess, lse, dtype: tl.constexpr):
 
 @triton.jit
 def natural_lse(m_i, l_i, dtype: tl.constexpr):
-    """The natural-log lse of an online softmax's base-2 state; rounded once for float32 inputs."""
+    """The natural-log lse of an online softmax's base-2 state, in float64 for float32 inputs."""
     if dtype == tl.float32:
-        return ((m_i.to(tl.float64) + tl.log2(l_i).to(tl.float64)) * LN2).to(tl.float32)
+        return (m_i.to(tl.float64) + tl.log2(l_i).to(tl.float64)) * LN2
     else:
         return (m_i + tl.log2(l_i)) * LN2
 

@@ -7,7 +7,6 @@ head. The state (m_i, l_i, acc) of the online softmax stays in registers from th
 last; which key set comes first makes no difference to it.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +25,7 @@ from moda_kernels.common import (
 )
 from moda_kernels.forward_chunk import attend_chunk
 from moda_kernels.forward_depth import attend_depth
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.prepared import Launch, Layout, Problem, layout, lse_dtype, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 
 
@@ -152,9 +151,9 @@ def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, depth: DepthLayout) ->
 def launch_forward(
     p: Problem, q: Tensor, k: Tensor, v: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], bands: Bands = None
 ) -> tuple[Tensor, Tensor]:
-    """out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T) in float32, both contiguous."""
+    """out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T) in ``lse_dtype``, both contiguous."""
     out = q.new_empty(p.B, p.T, p.H * p.G, p.DV)
-    lse = q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
+    lse = q.new_empty(p.B, p.H * p.G, p.T, dtype=lse_dtype(q.dtype))
     depth, depth_layout = depth_pointers(k_depth, v_depth) if p.L else ([None, None], DepthLayout())
     _prepare(p, layout(q), layout(k), layout(v), depth_layout)(q, k, v, *depth, out, lse, bands)
     return out, lse

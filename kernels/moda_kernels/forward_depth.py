@@ -9,7 +9,6 @@ group, padded to a power of two, and starts from what another kernel left for th
 is no sequence, from nothing.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +22,7 @@ from moda_kernels.common import (
     online_softmax,
     slot_rows,
 )
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.prepared import Launch, Layout, Problem, layout, lse_dtype, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 
 
@@ -184,7 +183,7 @@ def launch_forward_depth(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``launch_forward``, from the sequence's out and lse, or from no sequence; L >= 1."""
     out = q.new_empty(p.B, p.T, p.H * p.G, p.DV)
-    lse = q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
+    lse = q.new_empty(p.B, p.H * p.G, p.T, dtype=lse_dtype(q.dtype))
     depth, depth_layout = depth_pointers(k_depth, v_depth)
     launch = _prepare(p, layout(q), layout(sequence), layout(sequence_lse), depth_layout)
     launch(q, *depth, sequence, sequence_lse, out, lse)

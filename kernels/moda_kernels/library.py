@@ -72,6 +72,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in the shapes of q, k and v, with any strides."""
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    lse = lse.float()
     lengths = None, None, q.shape[2], k.shape[2]
     if name == "cpu":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(

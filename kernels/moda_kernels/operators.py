@@ -22,7 +22,7 @@ from moda_kernels.depth_mass import launch_depth_mass
 from moda_kernels.forward import launch_forward
 from moda_kernels.forward_depth import launch_forward_depth
 from moda_kernels.plans import backward_plan, forward_plan
-from moda_kernels.prepared import Problem
+from moda_kernels.prepared import Problem, lse_dtype
 from moda_kernels.slots import is_packed
 
 KeyGradients = tuple[Any, Any, Any, Any]
@@ -72,10 +72,10 @@ def attention(
     plan: str = "auto",
     cu_seqlens: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T) in float32, both contiguous."""
+    """out (B, T, HQ, DV) in q's dtype and lse (B, HQ, T) in ``lse_dtype``, both contiguous."""
     p = problem(q, k, v, k_depth, scale, left, right, softcap)
     if q.numel() == 0:
-        return q.new_empty(*q.shape[:3], p.DV), q.new_empty(p.B, p.H * p.G, p.T, dtype=torch.float32)
+        return q.new_empty(*q.shape[:3], p.DV), q.new_empty(p.B, p.H * p.G, p.T, dtype=lse_dtype(q.dtype))
     with torch.cuda.device_of(q):
         p, bands = _packed(p, cu_seqlens)
         apart = p.L > 0 and tuning.forward_apart(q.device, q.dtype, p.G, p.D, p.DV, is_packed(k_depth))
@@ -83,7 +83,7 @@ def attention(
         if name is not None:
             out, lse = library.attention(name, q, k, v, p.causal, p.scale)
             if p.L == 0:
-                return out.contiguous(), lse.contiguous()
+                return out.contiguous(), lse.contiguous().to(lse_dtype(q.dtype))
         elif p.L and p.S == 0:
             out, lse = None, None
         elif apart:

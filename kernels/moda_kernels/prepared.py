@@ -56,6 +56,11 @@ class Layout(NamedTuple):
     misalignment: int  # bytes past the last multiple of 16
 
 
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the lse beside inputs of this dtype: 16-bit ones do not notice what float32 rounds off a large one."""
+    return torch.float64 if dtype is torch.float32 else torch.float32
+
+
 def layout(x: Tensor | None) -> Layout | None:
     return None if x is None else Layout(x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16)
 

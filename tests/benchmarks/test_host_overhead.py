@@ -81,7 +81,7 @@ def test_forward(benchmark: Any, L: int, call: str) -> None:
 def test_backward(benchmark: Any, L: int, call: str) -> None:
     x, k_depth, v_depth = inputs(L)
     benchmark.group = f"backward, {L} slots"
-    saved = x, x, x, k_depth, v_depth, x, x[..., 0]
+    saved = x, x, x, k_depth, v_depth, x, x[..., 0].double()  # out and lse
     if call == "launcher":
         grads = benchmark(moda_kernels.attention_backward, x, None, *saved, *OPTIONS)
     elif call == "operator":
