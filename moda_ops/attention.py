@@ -109,8 +109,8 @@ def moda_attention(
         TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
             or an argument has another library's name; the text says what it is called here.
         ValueError: shapes, devices or strides that do not fit, an option outside its range, or
-            ``plan="split"`` for a forward that no library covers (float32, a window, softcap, a
-            causal mask with S > T).
+            ``plan="split"`` for a forward that no library covers (float32, a window, softcap,
+            a scale that is not positive, a causal mask with S > T).
 
     Example:
         >>> import torch

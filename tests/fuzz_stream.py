@@ -185,7 +185,7 @@ def stream(draw: Draw) -> None:
 
     dtype = program.options["dtype"]
     exact, plain = results(DenseStream, torch.float64), results(DenseStream, dtype)
-    chance = 2 if dtype.itemsize > 2 else 4  # steps amplify roundings, and these are a few draws
+    chance = 8  # steps amplify roundings, and a plain evaluation of few rows may have few of them
     roundings = len(program.steps) * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     for kind, new in (("DepthSlots", DepthSlots), ("DepthStream", program.allocate)):
         try:

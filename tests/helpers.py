@@ -154,8 +154,9 @@ def rounding(
 
     To first order: p carries the roundings of its score (a sum of products) and of lse, ds those of
     the two sums that cancel in dp - delta, and the final sums add magnitudes. With ``stored`` also
-    what one rounding of p, out and ds to the inputs' dtype amounts to: results of few elements need
-    it, where a plain evaluation may be exact by accident.
+    what one rounding of p, out and ds to the inputs' dtype amounts to, and four roundings in place
+    of one: thousands of random cases need it, among them results of few elements, where a plain
+    evaluation may be exact by accident, and sums of 128 products whose roundings add up.
     """
     exact, size = inputs.map(lambda x: x.double()), inputs.map(lambda x: x.abs().double())
     scale = abs(_scale(inputs, options))
@@ -186,14 +187,15 @@ def rounding(
         out=_mix(p, sizes.v), lse=p.sum(-1), dq=_mix(ds, sizes.k), dk=dk, dv=dv,
         dk_depth=dk_depth, dv_depth=dv_depth,
     )  # fmt: skip
-    eps = torch.finfo(torch.float32).eps
+    eps = torch.finfo(torch.float32).eps * (4 if stored else 1)
     return {name: eps * x.max().item() if x.numel() else 0.0 for name, x in magnitudes.items()}
 
 
 def assert_accurate(name: str, actual: Tensor, exact: Any, plain: Tensor, floor: float) -> None:
     """Largest |actual - exact| <= 2 |plain - exact| + floor + one rounding to actual's dtype.
 
-    ``exact`` is float64; ``plain`` is the plain evaluation in ``actual``'s dtype.
+    ``exact`` is float64; ``plain`` is the plain evaluation in ``actual``'s dtype. Float32
+    probabilities below 2**-126 underflow, and a product may make that larger: 2**-100 is allowed.
     """
     exact = torch.as_tensor(np.asarray(exact), device=actual.device)
     assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
@@ -206,7 +208,8 @@ def assert_accurate(name: str, actual: Tensor, exact: Any, plain: Tensor, floor:
     def error(x: Tensor) -> float:
         return (x.double().masked_fill(infinite, 0.0) - exact).abs().max().item()
 
-    bound = 2 * error(plain) + floor + torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    rounded = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    bound = 2 * error(plain) + floor + rounded + 2.0**-100
     assert error(actual) <= bound, f"{name}: error {error(actual):.2e}, allowed {bound:.2e}"
 
 

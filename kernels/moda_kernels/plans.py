@@ -67,6 +67,8 @@ def _split(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
         return Plan(None, "a library has no window")
     if p.causal and p.T != p.S:
         return Plan(None, f"a library's causal mask needs T = S, got T = {p.T} and S = {p.S}")
+    if p.scale <= 0.0:
+        return Plan(None, "a library's mask needs a positive scale")
     library_name = library.select(q, k, v, p.causal)
     if library_name is None:
         return Plan(None, "no library takes tensors of this dtype, head dim or alignment")

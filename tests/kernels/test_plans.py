@@ -221,6 +221,8 @@ def test_auto_splits_for_cudnn_alone(device, monkeypatch):
         (dict(softcap=5.0), "a library has no softcap"),
         (dict(left=7), "a library has no window"),
         (dict(right=7), "a library has no window"),
+        (dict(scale=0.0), "a library's mask needs a positive scale"),
+        (dict(scale=-0.5), "a library's mask needs a positive scale"),
         (dict(T=8192), "a library's causal mask needs T = S, got T = 8192 and S = 16384"),
     ],
 )
