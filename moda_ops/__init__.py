@@ -17,18 +17,16 @@ Importing this package also registers the operators ``torch.ops.moda.*``. Triton
 first call on a CUDA tensor, never by the import.
 """
 
-from moda_ops import ops as ops  # registers torch.ops.moda.*
-from moda_ops import stream_ops as stream_ops  # and those of a depth stream
-from moda_ops.attention import moda_attention
-from moda_ops.chunk_attention import moda_chunk_attention
-from moda_ops.decode import moda_decode
-from moda_ops.depth_attention import moda_depth_attention
-from moda_ops.depth_mass import moda_depth_mass, moda_sink_mass
-from moda_ops.migration import from_authors, to_authors
-from moda_ops.stream import DepthSlots, DepthStream
-from moda_ops.varlen import moda_attention_varlen
+from moda_ops.operators.attention import moda_attention
+from moda_ops.operators.attention_varlen import moda_attention_varlen
+from moda_ops.operators.chunk_attention import moda_chunk_attention
+from moda_ops.operators.decode import moda_decode
+from moda_ops.operators.depth_attention import moda_depth_attention
+from moda_ops.operators.depth_mass import moda_depth_mass, moda_sink_mass
+from moda_ops.operators.migration import from_authors, to_authors
+from moda_ops.stream.depth_stream import DepthSlots, DepthStream
 
-from moda_ops import autocast as autocast, batching as batching, flops as flops  # isort: skip  # of all operators
+from moda_ops.rules import autocast as autocast, flops as flops, vmap as vmap  # isort: skip  # of all operators
 
 __version__ = "0.1.0"
 __all__ = [

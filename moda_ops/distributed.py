@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import functional as F
 
-from moda_ops.ops import LIBRARY
+from moda_ops.operators.definition import LIBRARY
 
 Axes = dict[str, int]
 

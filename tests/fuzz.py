@@ -29,8 +29,9 @@ import moda_reference
 from fuzz_draw import FAMILY, SIZES, Draw, depth
 from fuzz_stream import Program, stream
 from helpers import Inputs, assert_accurate, assert_decodes, assert_matches_reference, make_decoding
-from moda_ops import decode, ops
-from moda_ops.checks import sum_dtype
+from moda_ops.operators import decode
+from moda_ops.operators import definition as ops
+from moda_ops.operators.checks import sum_dtype
 from operators import BACKWARD, DIFFERENTIABLE, Call, make_call
 from test_batching import SIZE, loop, mapped_arguments
 from test_depth_mass import assert_mass

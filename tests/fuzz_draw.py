@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers import Inputs, make_inputs
-from moda_ops.checks import sum_dtype
+from moda_ops.operators.checks import sum_dtype
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SIZES: dict[str, dict[str, tuple[Any, ...]]] = dict(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from helpers import make_decoding, make_inputs
-from moda_ops.autograd import flatten, lengths, unflatten
+from moda_ops.rules.autograd import flatten, lengths, unflatten
 
 DIFFERENTIABLE = ("attention", "attention_varlen", "chunk_attention", "depth_attention")
 BACKWARD = tuple(f"{name}_backward" for name in DIFFERENTIABLE)

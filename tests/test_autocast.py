@@ -10,13 +10,13 @@ from helpers import make_inputs
 from moda_ops import (
     DepthSlots,
     DepthStream,
-    eager,
     moda_attention,
     moda_decode,
     moda_depth_mass,
     moda_sink_mass,
 )
-from moda_ops.autocast import RULES
+from moda_ops.operators import eager
+from moda_ops.rules.autocast import RULES
 from operators import BACKWARD, DIFFERENTIABLE, make_call
 
 LOW = torch.bfloat16

@@ -208,7 +208,7 @@ def test_nested():
 
 
 def test_one_call_serves_all_and_a_batch_of_one_is_not_copied(monkeypatch):
-    from moda_ops import eager
+    from moda_ops.operators import eager
 
     seen = []
     monkeypatch.setattr(

@@ -13,9 +13,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from moda_ops import cli, from_authors, moda_attention, to_authors
-from moda_ops.bench import measure, report
-from moda_ops.bench.contenders import (
+from moda_ops import from_authors, moda_attention, to_authors
+from moda_ops.tools import cli
+from moda_ops.tools.bench import measure, report
+from moda_ops.tools.bench.contenders import (
     SWEEPS,
     Case,
     Contender,
@@ -25,7 +26,7 @@ from moda_ops.bench.contenders import (
     contenders,
     moda,
 )
-from moda_ops.bench.report import Limits
+from moda_ops.tools.bench.report import Limits
 
 CPU = torch.device("cpu")
 CASE = Case(2, 40, 2, 2, 3, 16)

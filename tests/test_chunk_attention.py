@@ -9,7 +9,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers import FORMS, assert_matches_reference, make_inputs
-from moda_ops import moda_chunk_attention, ops
+from moda_ops import moda_chunk_attention
+from moda_ops.operators import definition as ops
 from test_ops import run_public
 
 OPTIONS = [

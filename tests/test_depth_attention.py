@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import moda_reference
 from helpers import FORMS, Inputs, assert_matches_reference, make_inputs
-from moda_ops import moda_depth_attention, ops
+from moda_ops import moda_depth_attention
+from moda_ops.operators import definition as ops
 
 PACKED = torch.zeros(2, 5, 3, 2, 16)
 SLOT = PACKED[:, :, 0]

@@ -8,14 +8,9 @@ import torch
 
 import moda_reference
 from helpers import COMPILED, DTYPES, FORMS, Inputs, assert_accurate, make_inputs
-from moda_ops import (
-    eager,
-    moda_attention,
-    moda_attention_varlen,
-    moda_depth_mass,
-    moda_sink_mass,
-    ops,
-)
+from moda_ops import moda_attention, moda_attention_varlen, moda_depth_mass, moda_sink_mass
+from moda_ops.operators import definition as ops
+from moda_ops.operators import eager
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -198,13 +193,19 @@ def test_sinks_of_packed_documents(keys, device):
 
 
 def test_sinks_keep_to_the_keys_that_there_are(device):
-    """Borders past k count no key twice; the attention itself refuses them on a CPU."""
+    """Borders past k count no key twice on a GPU, where nobody reads them; on a CPU they raise."""
     q, k = (torch.randn(1, 6, 2, 16, device=device) for _ in range(2))
     lse = torch.full((1, 2, 6), 3.0, device=device)
     cu, past = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 4, 6], [0, 4, 9]))
     options = dict(keys=5, causal=False)
     expected = moda_sink_mass(q, k, lse, **options, cu_seqlens=(cu, cu))
-    assert torch.equal(moda_sink_mass(q, k, lse, **options, cu_seqlens=(cu, past)), expected)
+    if device == "cuda":
+        assert torch.equal(moda_sink_mass(q, k, lse, **options, cu_seqlens=(cu, past)), expected)
+        return
+    for bad in (past, torch.tensor([0, 4, 3], dtype=torch.int32)):
+        for name, pair in (("cu_seqlens_q", (bad, cu)), ("cu_seqlens_k", (cu, bad))):
+            with pytest.raises(ValueError, match=f"{name} must never fall and must stay"):
+                moda_sink_mass(q, k, lse, **options, cu_seqlens=pair)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -17,8 +17,10 @@ from torch.utils.checkpoint import (
 )
 
 from helpers import make_inputs
-from moda_ops import DepthSlots, DepthStream, decode, moda_attention, ops
+from moda_ops import DepthSlots, DepthStream, moda_attention
 from moda_ops.nn import MoDAConfig, MoDALanguageModel
+from moda_ops.operators import decode
+from moda_ops.operators import definition as ops
 from operators import BACKWARD, DIFFERENTIABLE, backward_of, make_call
 
 CONFIG = MoDAConfig(

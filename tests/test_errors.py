@@ -9,7 +9,7 @@ import torch
 import moda_ops
 from helpers import make_inputs
 from moda_ops import DepthSlots, DepthStream, moda_attention, moda_decode
-from moda_ops.names import INSTEAD, OURS
+from moda_ops.operators.other_names import INSTEAD, OURS
 from operators import BACKWARD, DIFFERENTIABLE, make_call
 
 B, T, S, HQ, H, D, DV, L = 2, 5, 7, 6, 2, 16, 24, 3

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moda_reference
 from moda_ops import DepthStream, moda_attention
-from moda_ops.flops import visible_pairs
+from moda_ops.rules.flops import visible_pairs
 from operators import DIFFERENTIABLE, DOCUMENTS, KEY_DOCUMENTS, make_call
 
 B, T, S, HQ, H, D, DV, L = 2, 5, 7, 4, 2, 8, 4, 3  # as operators.make_call has them

@@ -7,8 +7,8 @@ import torch
 
 import fuzz
 from fuzz_draw import COMPILED, FAMILY
-from moda_ops import eager
-from moda_ops.stream_ops import _Kept
+from moda_ops.operators import eager
+from moda_ops.stream.operators import _Kept
 
 QUICK = [kind for kind in fuzz.KINDS if kind != "compiled"]  # tests of their own compile
 

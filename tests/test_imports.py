@@ -87,5 +87,5 @@ def test_import_directions(package):
 
 def test_the_rules_can_fail(tmp_path):
     file = tmp_path / "bad.py"
-    file.write_text("def f():\n    from moda_ops.ops import x\n")
+    file.write_text("def f():\n    from moda_ops.operators.definition import x\n")
     assert imports(file) == {"moda_ops"} and not imports(file, top_level_only=True)

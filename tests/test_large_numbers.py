@@ -19,9 +19,9 @@ from moda_ops import (
     moda_depth_attention,
     moda_sink_mass,
 )
-from moda_ops.flops import visible_pairs
 from moda_ops.nn.inspection import _map_of
 from moda_ops.nn.watch import WatchedStream
+from moda_ops.rules.flops import visible_pairs
 
 
 def starts(*borders, device="cpu"):

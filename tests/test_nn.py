@@ -308,7 +308,7 @@ def test_the_baseline_is_the_same_model_through_sdpa(
     model, tokens = make_model(depth="residual", norm=norm).double(), tokens_like(2, 19)
     logits = model(tokens)
     empty = model(tokens, begin(model, DepthStream, 2, 19))
-    monkeypatch.setattr("moda_ops.stream.moda_attention", sdpa)
+    monkeypatch.setattr("moda_ops.stream.depth_stream.moda_attention", sdpa)
     expected = model(tokens)
     for actual in (logits, empty):
         torch.testing.assert_close(actual, expected)

@@ -19,7 +19,7 @@ from unittest import mock
 
 import pytest
 
-from moda_ops import cli
+from moda_ops.tools import cli
 
 ROOT = Path(__file__).parents[1]
 RUNS = {  # script: arguments of a tiny run; several scripts have tiny sizes of their own on a CPU

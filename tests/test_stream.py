@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from moda_ops import DepthSlots, DepthStream, stream_ops
+from moda_ops import DepthSlots, DepthStream
+from moda_ops.stream import operators as stream_ops
 
 B, T, HQ, H, D, DV = 2, 6, 4, 2, 8, 4
 WEIGHTS = torch.randn(16, 3, 1, 1, 1, D, generator=torch.Generator().manual_seed(0))

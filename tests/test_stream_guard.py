@@ -12,7 +12,8 @@ from torch.autograd.graph import save_on_cpu
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from moda_ops import DepthSlots, DepthStream, stream_ops
+from moda_ops import DepthSlots, DepthStream
+from moda_ops.stream import operators as stream_ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo's own
 

@@ -57,9 +57,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     source = folder / "source"
     (source / "nn").mkdir(parents=True)
-    for path in sorted((ROOT / "moda_ops").glob("c*.py")) + sorted((ROOT / "docs").glob("m*.md")):
+    operators = ROOT / "moda_ops" / "operators"
+    for path in sorted(operators.glob("c*.py")) + sorted((ROOT / "docs").glob("m*.md")):
         (source / "nn" / path.name).write_bytes(path.read_bytes())
-    (source / "copy.py").write_bytes((ROOT / "moda_ops" / "checks.py").read_bytes())
+    (source / "copy.py").write_bytes((operators / "checks.py").read_bytes())
     (source / "LICENSE").write_bytes((ROOT / "LICENSE").read_bytes())
     (source / "picture.py").write_bytes(b"\xff\0")
     prepare(source, folder / "text.bin")

@@ -33,8 +33,9 @@ from torch.utils.checkpoint import (
 )
 
 from helpers import Inputs, plain_attention
-from moda_ops import DepthSlots, DepthStream, eager
+from moda_ops import DepthSlots, DepthStream
 from moda_ops.nn import MoDAConfig, MoDALanguageModel, compile_blocks
+from moda_ops.operators import eager
 
 CONFIG = MoDAConfig(vocab_size=31, layers=3, width=24, heads=4, kv_heads=2, head_dim=6, hidden=32)
 OPTIONS: list[dict[str, Any]] = [
@@ -423,8 +424,8 @@ def test_bfloat16_is_as_accurate_as_plain_attention_in_it(
         out: Tensor = plain_slots(q, k[0][:, :0], v[0][:, :0], k, v, **options)
         return out
 
-    monkeypatch.setattr("moda_ops.stream.moda_attention", plain_slots)
-    monkeypatch.setattr("moda_ops.stream.moda_depth_attention", plain_depth)
+    monkeypatch.setattr("moda_ops.stream.depth_stream.moda_attention", plain_slots)
+    monkeypatch.setattr("moda_ops.stream.depth_stream.moda_depth_attention", plain_depth)
     plain = results(model, DepthSlots, run=run)
     assert distance(actual, exact) <= 2 * distance(plain, exact)
 

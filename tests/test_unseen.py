@@ -7,7 +7,7 @@ import torch
 
 import moda_reference
 from moda_ops import DepthSlots, DepthStream, moda_decode, moda_depth_mass, moda_sink_mass
-from moda_ops.autograd import flatten
+from moda_ops.rules.autograd import flatten
 from operators import make_call
 
 POISON = [float("nan"), float("inf")]

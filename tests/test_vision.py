@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from torch import Tensor
 from torch.nn import functional as F
 
-from moda_ops import DepthSlots, cli, digits
+from moda_ops import DepthSlots
 from moda_ops.nn import Depth, MoDAClassifier, MoDAConfig, MoDALanguageModel, Norm, VisionConfig
 from moda_ops.nn.cache import CachedStream, KVCache
+from moda_ops.tools import cli, digits
 
 CONFIG = VisionConfig(
     image_size=6, patch_size=2, channels=3, classes=7, layers=3, width=24, heads=4, kv_heads=2,

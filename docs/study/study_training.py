@@ -12,8 +12,8 @@ from study_plan import Record, Run, append, read_records
 from study_text import Text
 from torch import Tensor
 
-from moda_ops.bench.report import machine
 from moda_ops.nn import MoDAConfig, MoDALanguageModel, compile_blocks
+from moda_ops.tools.bench.report import machine
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Triton kernels for Mixture-of-Depths Attention and their launchers; private to ``moda_ops``.
 
-The functions have the signatures of their plain PyTorch twins in ``moda_ops.eager`` and trust their
+The functions have the signatures of their plain PyTorch twins in ``moda_ops.operators.eager`` and trust their
 arguments: ``moda_ops`` has checked them.
 """
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ops.attention import moda_attention
-from moda_ops.checks import EMPTY_STREAM, check_both
-from moda_ops.decode import moda_decode
 from moda_ops.nn.config import BlockConfig
-from moda_ops.stream import DepthSlots
+from moda_ops.operators.attention import moda_attention
+from moda_ops.operators.checks import EMPTY_STREAM, check_both
+from moda_ops.operators.decode import moda_decode
+from moda_ops.stream.depth_stream import DepthSlots
 
 
 class KVCache(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moda_ops.nn.model import MoDABlock, MoDATransformer
-from moda_ops.stream import DepthStream
+from moda_ops.stream.depth_stream import DepthStream
 
 
 def compile_blocks(model: MoDATransformer, **options: Any) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
-from moda_ops.checks import MAX_HEAD_DIM
+from moda_ops.operators.checks import MAX_HEAD_DIM
 from moda_ops.policies import SlotPolicy, kept_slots, positions, recent
 
 Depth = Literal["residual", "attention", "kv", "kv+ffn", "kv+ffn+attn"]

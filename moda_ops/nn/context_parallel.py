@@ -17,8 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moda_ops.attention import Window, check_bool, check_option, check_tensors, window_sides
-from moda_ops.stream import DepthStream
+from moda_ops.operators.attention import (
+    Window,
+    check_bool,
+    check_option,
+    check_tensors,
+    window_sides,
+)
+from moda_ops.stream.depth_stream import DepthStream
 
 CHUNKS = 2  # of every rank
 # torch 2.13 renames both

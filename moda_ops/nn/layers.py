@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from moda_ops.nn.cache import CachedStream
 from moda_ops.nn.config import BlockConfig
 from moda_ops.nn.watch import WatchedStream
-from moda_ops.stream import DepthSlots, DepthStream
+from moda_ops.stream.depth_stream import DepthSlots, DepthStream
 
 if TYPE_CHECKING:
     from moda_ops.nn.context_parallel import ContextParallelStream

@@ -22,7 +22,7 @@ from moda_ops.nn.layers import (
     rotary_angles,
 )
 from moda_ops.nn.watch import WatchedStream
-from moda_ops.stream import DepthSlots, DepthStream
+from moda_ops.stream.depth_stream import DepthSlots, DepthStream
 
 if TYPE_CHECKING:
     from moda_ops.nn.context_parallel import ContextParallel, ContextParallelStream

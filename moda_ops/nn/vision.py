@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from moda_ops.nn.config import BlockConfig
 from moda_ops.nn.model import MoDATransformer
-from moda_ops.stream import DepthSlots, DepthStream
+from moda_ops.stream.depth_stream import DepthSlots, DepthStream
 
 
 @dataclass(frozen=True, kw_only=True)

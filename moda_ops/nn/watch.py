@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moda_ops.attention import moda_attention
-from moda_ops.stream import DepthSlots, DepthStream
+from moda_ops.operators.attention import moda_attention
+from moda_ops.stream.depth_stream import DepthSlots, DepthStream
 
 
 class Reading(NamedTuple):

@@ -34,10 +34,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "benchmar
 
 from stream_memory import MIB, saved_bytes  # noqa: E402
 
-from moda_ops import DepthSlots, demo  # noqa: E402
-from moda_ops.bench.report import machine  # noqa: E402
+from moda_ops import DepthSlots  # noqa: E402
 from moda_ops.nn import MoDAConfig, MoDALanguageModel, measure_depth_mass  # noqa: E402
 from moda_ops.policies import every, first_and_recent, most_mass  # noqa: E402
+from moda_ops.tools import demo  # noqa: E402
+from moda_ops.tools.bench.report import machine  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Row = dict[str, Any]

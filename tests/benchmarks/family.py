@@ -35,9 +35,10 @@ from torch import Tensor
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from moda_ops import eager, moda_decode  # noqa: E402
-from moda_ops.bench.measure import copy_rate, median_ms  # noqa: E402
-from moda_ops.bench.report import machine  # noqa: E402
+from moda_ops import moda_decode  # noqa: E402
+from moda_ops.operators import eager  # noqa: E402
+from moda_ops.tools.bench.measure import copy_rate, median_ms  # noqa: E402
+from moda_ops.tools.bench.report import machine  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -38,8 +38,8 @@ from torch import Tensor
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from moda_ops.bench.report import machine  # noqa: E402
 from moda_ops.nn import KVCache, MoDAConfig, MoDALanguageModel, generate, prefill  # noqa: E402
+from moda_ops.tools.bench.report import machine  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -33,8 +33,8 @@ from stacked import StackedSlots  # noqa: E402
 from train_step import prepare_compilers  # noqa: E402
 
 from moda_ops import DepthSlots  # noqa: E402
-from moda_ops.bench.report import machine  # noqa: E402
 from moda_ops.nn import MoDAConfig, MoDALanguageModel  # noqa: E402
+from moda_ops.tools.bench.report import machine  # noqa: E402
 
 STREAMS: dict[str, Callable[[], Any]] = {
     "StackedSlots": StackedSlots,

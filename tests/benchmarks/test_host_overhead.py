@@ -23,7 +23,10 @@ from moda_kernels import (
     forward,
     slots,
 )
-from moda_ops import DepthStream, decode, moda_attention, moda_decode, ops, stream_ops
+from moda_ops import DepthStream, moda_attention, moda_decode
+from moda_ops.operators import decode
+from moda_ops.operators import definition as ops
+from moda_ops.stream import operators as stream_ops
 
 BACKWARD = backward_delta, backward_depth, backward_dq, backward_dkv
 PASSES = forward, *BACKWARD, decode_split, decode_merge, slots

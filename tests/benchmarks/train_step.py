@@ -54,8 +54,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "benchmar
 from stacked import StackedSlots  # noqa: E402
 
 from moda_ops import DepthSlots  # noqa: E402
-from moda_ops.bench.report import machine  # noqa: E402
 from moda_ops.nn import MoDAConfig, MoDALanguageModel  # noqa: E402
+from moda_ops.tools.bench.report import machine  # noqa: E402
 
 BYTES_PER_MS = 3.0e9
 DEPTH_PASSES = 4  # forward reads; backward reads, and reads and writes the running gradient

@@ -5,7 +5,7 @@ import pytest
 
 import moda_kernels
 from helpers import COMPILED
-from moda_ops import ops
+from moda_ops.operators import definition as ops
 from test_large_numbers import test_gradients_are_as_precise_as_those_of_plain_pytorch as check
 
 

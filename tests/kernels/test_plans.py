@@ -26,7 +26,7 @@ from moda_kernels import library, operators, tuning
 from moda_kernels.operators import problem
 from moda_kernels.plans import backward_plan, forward_plan
 from moda_kernels.prepared import Problem
-from moda_ops import ops
+from moda_ops.operators import definition as ops
 
 MEASUREMENTS = Path(__file__).parents[2] / "docs" / "measurements"
 SHAPES = [  # B, T, S, G, H, D, L

@@ -16,7 +16,8 @@ from helpers import (
     rounding,
 )
 from moda_kernels import tuning
-from moda_ops import DepthStream, ops
+from moda_ops import DepthStream
+from moda_ops.operators import definition as ops
 
 
 @pytest.fixture(autouse=True)

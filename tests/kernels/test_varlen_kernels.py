@@ -18,7 +18,8 @@ from helpers import (
 )
 from moda_kernels import tuning
 from moda_kernels.bands import launch_bands
-from moda_ops import DepthStream, moda_attention_varlen, ops
+from moda_ops import DepthStream, moda_attention_varlen
+from moda_ops.operators import definition as ops
 
 LENGTHS = [  # of queries and keys of each document
     ([5, 0, 1, 9], None),

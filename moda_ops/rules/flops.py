@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_ops.checks import slots_left
+from moda_ops.operators.checks import slots_left
 
 
 def visible_pairs(

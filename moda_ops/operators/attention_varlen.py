@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from moda_ops import ops
-from moda_ops.attention import (
+from moda_ops.operators import definition as ops
+from moda_ops.operators.attention import (
     Depth,
     Window,
     check_bool,
@@ -20,7 +20,7 @@ from moda_ops.attention import (
     slot_lists,
     window_sides,
 )
-from moda_ops.checks import (
+from moda_ops.operators.checks import (
     PACKED,
     Plan,
     check_attention,
@@ -29,8 +29,8 @@ from moda_ops.checks import (
     lse_dtype,
     sum_dtype,
 )
-from moda_ops.names import knows_other_names
-from moda_ops.ops import LIBRARY, OPTIONS, Options, empty_like
+from moda_ops.operators.definition import LIBRARY, OPTIONS, Options, empty_like
+from moda_ops.operators.other_names import knows_other_names
 
 LIBRARY.define(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ops import eager
-from moda_ops.bench.contenders import Call, Case, Contender, Inputs
+from moda_ops.operators import eager
+from moda_ops.tools.bench.contenders import Call, Case, Contender, Inputs
 
 CHECKED = 32  # tokens at the end of each sequence whose results are compared with float64
 Row = dict[str, Any]
@@ -24,8 +24,8 @@ Row = dict[str, Any]
 class Check(NamedTuple):
     """Largest relative error of a result, in norm, and the largest share of its tolerance.
 
-    The tolerance is twice the error of plain PyTorch (moda_ops.eager) in the same dtype, plus one
-    rounding to it.
+    The tolerance is twice the error of plain PyTorch (``operators.eager``) in the same dtype, plus
+    one rounding to it.
     """
 
     error: float

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moda_ops.checks import Plan
+from moda_ops.operators.checks import Plan
 
 Call = Callable[[], Any]
 

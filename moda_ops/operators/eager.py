@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moda_ops.checks import lse_dtype
+from moda_ops.operators.checks import lse_dtype
 
 KeyGradients = tuple[Any, Any, Any, Any]
 """For k, v, k_depth and v_depth, each in its form."""
@@ -45,7 +45,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _bounds(name: str, cu: Tensor, tokens: int) -> list[int]:
+def bounds(name: str, cu: Tensor, tokens: int) -> list[int]:
     """The values of ``cu_seqlens``; raise ValueError unless they are borders of these tokens."""
     values: list[int] = cu.tolist()
     for i, (before, value) in enumerate(pairwise([0, *values])):
@@ -62,8 +62,8 @@ def _documents(T: int, S: int, cu_seqlens: CuSeqlens) -> list[tuple[range, range
     if cu_seqlens is None:
         return [(range(T), range(S))]
     cu_q, cu_k = (
-        _bounds("cu_seqlens_q", cu_seqlens[0], T),
-        _bounds("cu_seqlens_k", cu_seqlens[1], S),
+        bounds("cu_seqlens_q", cu_seqlens[0], T),
+        bounds("cu_seqlens_k", cu_seqlens[1], S),
     )
     none = range(0)
     outside = [

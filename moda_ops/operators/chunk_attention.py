@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from moda_ops import ops
-from moda_ops.attention import (
+from moda_ops.operators import definition as ops
+from moda_ops.operators.attention import (
     Depth,
     Window,
     check_bool,
@@ -19,9 +19,9 @@ from moda_ops.attention import (
     slot_lists,
     window_sides,
 )
-from moda_ops.checks import check_attention, check_backward, check_chunk_size, sum_dtype
-from moda_ops.names import knows_other_names
-from moda_ops.ops import LIBRARY, Options
+from moda_ops.operators.checks import check_attention, check_backward, check_chunk_size, sum_dtype
+from moda_ops.operators.definition import LIBRARY, Options
+from moda_ops.operators.other_names import knows_other_names
 
 OPTIONS = "*, SymInt chunk_size, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
 LIBRARY.define(

@@ -8,17 +8,23 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from moda_ops import ops
-from moda_ops.attention import (
+from moda_ops.operators import definition as ops
+from moda_ops.operators.attention import (
     Depth,
     check_bool,
     check_option,
     check_tensors,
     slot_lists,
 )
-from moda_ops.checks import check_backward, check_depth_attention, depth_heads, lse_dtype, sum_dtype
-from moda_ops.names import knows_other_names
-from moda_ops.ops import LIBRARY, Options
+from moda_ops.operators.checks import (
+    check_backward,
+    check_depth_attention,
+    depth_heads,
+    lse_dtype,
+    sum_dtype,
+)
+from moda_ops.operators.definition import LIBRARY, Options
+from moda_ops.operators.other_names import knows_other_names
 
 LIBRARY.define(
     "depth_attention(Tensor q, Tensor[] k_depth, Tensor[] v_depth, "

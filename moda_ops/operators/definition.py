@@ -1,8 +1,8 @@
 """torch.ops.moda.*: schemas, shape rules, autograd, and where each device's code lives.
 
 Depth travels as a list: L slots (B, T, H, D), or a list of one packed tensor (B, T, L, H, D). CPU
-tensors run ``moda_ops.eager``; CUDA tensors run the Triton kernels of ``moda_kernels``, imported by
-the first such call.
+tensors run ``eager`` beside this file; CUDA tensors run the Triton kernels of ``moda_kernels``,
+imported by the first such call.
 """
 
 import math
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ops import autograd, eager
-from moda_ops.checks import check_attention, check_backward, lse_dtype
+from moda_ops.operators import eager
+from moda_ops.operators.checks import check_attention, check_backward, lse_dtype
+from moda_ops.rules import autograd
 
 LIBRARY = torch.library.Library("moda", "DEF")  # the registrations live as long as this object
 OPTIONS = (

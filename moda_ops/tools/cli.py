@@ -8,7 +8,7 @@ import click
 import torch
 
 import moda_ops
-from moda_ops.bench.contenders import SWEEPS
+from moda_ops.tools.bench.contenders import SWEEPS
 
 
 def _device(context: click.Context, option: click.Parameter, name: str) -> torch.device:
@@ -71,7 +71,7 @@ def demo(
 ) -> None:
     """Train a small MoDA language model on the Python standard library's source."""
     require("demo", "matplotlib", "tqdm")
-    from moda_ops.demo import FILES, prepare_output, run
+    from moda_ops.tools.demo import FILES, prepare_output, run
 
     by_default = ctx.get_parameter_source("output") is click.core.ParameterSource.DEFAULT
     try:
@@ -107,7 +107,7 @@ def demo(
 def digits(output: Path, steps: int, seeds: int, device: torch.device) -> None:
     """Train image classifiers with and without depth on scikit-learn's digits."""
     require("digits", "sklearn", "tqdm")
-    from moda_ops.digits import DEPTHS, run
+    from moda_ops.tools.digits import DEPTHS, run
 
     make_folder(output)
     run(output, depths=DEPTHS, steps=steps, seeds=seeds, device=device, echo=click.echo)
@@ -163,8 +163,8 @@ def bench(
     if one of the operator fails; a peer may fail, and any row may need more memory than there is.
     """
     require("bench", "matplotlib", "tabulate", "tqdm")
-    from moda_ops.bench.contenders import contenders
-    from moda_ops.bench.report import run
+    from moda_ops.tools.bench.contenders import contenders
+    from moda_ops.tools.bench.report import run
 
     known = [contender.name for contender in contenders(device)]
     for name in names:
@@ -205,6 +205,6 @@ def require(extra: str, *modules: str) -> None:
 @main.command()
 def doctor() -> None:
     """Report versions and devices, and check the operator on each device."""
-    from moda_ops.doctor import report
+    from moda_ops.tools.doctor import report
 
     sys.exit(0 if report() else 1)

@@ -29,10 +29,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moda_ops import ops
-from moda_ops.autograd import no_derivative, register_autograd
-from moda_ops.checkpointing import REENTRANT, in_reentrant_forward, recomputation
-from moda_ops.checks import (
+from moda_ops.operators import definition as ops
+from moda_ops.operators.checks import (
     check_backward,
     check_like,
     check_stream,
@@ -41,7 +39,13 @@ from moda_ops.checks import (
     lse_dtype,
     slots_left,
 )
-from moda_ops.ops import LIBRARY, OPTIONS, Options
+from moda_ops.operators.definition import LIBRARY, OPTIONS, Options
+from moda_ops.rules.autograd import no_derivative, register_autograd
+from moda_ops.stream.checkpointing import (
+    REENTRANT,
+    in_reentrant_forward,
+    recomputation,
+)
 
 LIBRARY.define(
     "stream_buffer(Tensor unique, SymInt[] shape) -> Tensor buffer",

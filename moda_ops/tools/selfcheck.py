@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moda_ops.attention import moda_attention
+from moda_ops.operators.attention import moda_attention
 
 Array = npt.NDArray[Any]
 RESULTS = ("out", "lse", "dq", "dk", "dv", "dk_depth", "dv_depth")

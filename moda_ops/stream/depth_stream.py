@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from moda_ops import stream_ops
-from moda_ops.attention import (
+from moda_ops.operators.attention import (
     Window,
     check_bool,
     check_int,
@@ -21,11 +20,12 @@ from moda_ops.attention import (
     moda_attention,
     window_sides,
 )
-from moda_ops.checkpointing import REENTRANT, in_reentrant_forward
-from moda_ops.checks import EMPTY_STREAM, Plan, check_both, slots_left, sum_dtype
-from moda_ops.depth_attention import moda_depth_attention
-from moda_ops.names import knows_other_names
-from moda_ops.varlen import moda_attention_varlen
+from moda_ops.operators.attention_varlen import moda_attention_varlen
+from moda_ops.operators.checks import EMPTY_STREAM, Plan, check_both, slots_left, sum_dtype
+from moda_ops.operators.depth_attention import moda_depth_attention
+from moda_ops.operators.other_names import knows_other_names
+from moda_ops.stream import operators as stream_ops
+from moda_ops.stream.checkpointing import REENTRANT, in_reentrant_forward
 
 
 class DepthStream(NamedTuple):

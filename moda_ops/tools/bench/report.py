@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moda_ops.bench.contenders import SWEEPS, Case, Contender, contenders, has_authors
-from moda_ops.bench.measure import Row, copy_rate, measure, release
+from moda_ops.tools.bench.contenders import SWEEPS, Case, Contender, contenders, has_authors
+from moda_ops.tools.bench.measure import Row, copy_rate, measure, release
 
 AXES = dict(tokens="T", groups="G", slots="L", tiny="L")
 """What grows along a sweep."""

@@ -18,8 +18,8 @@ from typing import overload
 
 from torch import Tensor
 
-from moda_ops.attention import check_int, check_tensors
-from moda_ops.checks import check_both
+from moda_ops.operators.attention import check_int, check_tensors
+from moda_ops.operators.checks import check_both
 
 
 @overload

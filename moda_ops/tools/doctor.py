@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import click
 import torch
 
-from moda_ops.selfcheck import operator_errors
+from moda_ops.tools.selfcheck import operator_errors
 
 DTYPES = {
     "cpu": [torch.float32],
@@ -23,7 +23,7 @@ def report() -> bool:
     for package in ("triton", "numpy"):
         _row(package, _version(package))
     click.echo()
-    _row("cpu tensors", "plain PyTorch (moda_ops.eager): the only implementation for a CPU")
+    _row("cpu tensors", "plain PyTorch: the only implementation for a CPU")
     _row("cuda tensors", _cuda())
     if torch.cuda.is_available() and find_spec("triton"):
         for label, value in plans(torch.device("cuda"), torch.bfloat16):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moda_ops.demo import schedule
 from moda_ops.nn import Depth, MoDAClassifier, VisionConfig
+from moda_ops.tools.demo import schedule
 
 DEPTHS: tuple[Depth, ...] = ("residual", "kv", "kv+ffn")
 CONFIG = VisionConfig(

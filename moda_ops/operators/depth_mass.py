@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_ops import ops
-from moda_ops.attention import (
+from moda_ops.operators import definition as ops
+from moda_ops.operators import eager
+from moda_ops.operators.attention import (
     Depth,
     Window,
     autocast_enabled,
@@ -20,10 +21,16 @@ from moda_ops.attention import (
     slot_lists,
     window_sides,
 )
-from moda_ops.autograd import without_gradient
-from moda_ops.checks import check_cu_seqlens, check_depth_mass, check_like, is_packed, sum_dtype
-from moda_ops.names import knows_other_names
-from moda_ops.ops import LIBRARY, Options
+from moda_ops.operators.checks import (
+    check_cu_seqlens,
+    check_depth_mass,
+    check_like,
+    is_packed,
+    sum_dtype,
+)
+from moda_ops.operators.definition import LIBRARY, Options
+from moda_ops.operators.other_names import knows_other_names
+from moda_ops.rules.autograd import without_gradient
 
 LIBRARY.define(
     "depth_mass(Tensor q, Tensor[] k_depth, Tensor lse, "
@@ -199,6 +206,10 @@ def _documents(
     check_cu_seqlens(cu_q, cu_k, q)
     if q.shape[0] != 1:
         raise ValueError(f"packed documents need a batch of B = 1, got B = {q.shape[0]}")
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if type(cu_q) is Tensor and cu_q.device.type == "cpu" and not traced:
+        eager.bounds("cu_seqlens_q", cu_q, q.shape[1])
+        eager.bounds("cu_seqlens_k", cu_k, S)
     cu_q, cu_k = (torch.cat([cu, cu[-1:]]).long() for cu in (cu_q, cu_k.clamp(0, S)))
     document = torch.searchsorted(cu_q[:-1], token, right=True) - 1
     first, after = cu_k[document], cu_q[document + 1]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ops.ops import LIBRARY
+from moda_ops.operators.definition import LIBRARY
 
 
 class Rule(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from moda_ops.attention import (
+from moda_ops.operators.attention import (
     Depth,
     Window,
     check_bool,
@@ -18,10 +18,10 @@ from moda_ops.attention import (
     slot_lists,
     window_sides,
 )
-from moda_ops.autograd import refuse_gradients
-from moda_ops.checks import DECODING, check_both, check_decode, sum_dtype
-from moda_ops.names import knows_other_names
-from moda_ops.ops import LIBRARY, Options, implementation
+from moda_ops.operators.checks import DECODING, check_both, check_decode, sum_dtype
+from moda_ops.operators.definition import LIBRARY, Options, implementation
+from moda_ops.operators.other_names import knows_other_names
+from moda_ops.rules.autograd import refuse_gradients
 
 OPTIONS = "*, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
 LIBRARY.define(

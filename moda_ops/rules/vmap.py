@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ops.autograd import flatten
-from moda_ops.ops import LIBRARY
+from moda_ops.operators.definition import LIBRARY
+from moda_ops.rules.autograd import flatten
 
 
 class Mapped(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from moda_ops.checks import BATCHED, Axes, Plan, check_both, sum_dtype
-from moda_ops.names import knows_other_names
+from moda_ops.operators.checks import BATCHED, Axes, Plan, check_both, sum_dtype
+from moda_ops.operators.other_names import knows_other_names
 
 Depth = Sequence[Tensor] | Tensor
 Window = int | tuple[int | None, int | None]

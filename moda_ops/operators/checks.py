@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from moda_ops.ops import Options
+    from moda_ops.operators.definition import Options
 
 MAX_HEAD_DIM = 256
 MAX_CAPACITY = 2**30 - 2**20  # of a cache, in tokens; leaves room for what is added to positions

@@ -1,0 +1,1 @@
+"""The operators: of each its public function, its description, and what both stand on."""

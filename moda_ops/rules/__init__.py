@@ -1,0 +1,1 @@
+"""What PyTorch does with the operators: gradients, autocast, vmap, FLOPs."""

@@ -1,0 +1,1 @@
+"""The depth stream: one buffer or a list of slots."""
