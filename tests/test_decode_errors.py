@@ -93,3 +93,51 @@ def test_one_tensor_cannot_be_both_caches():
 def test_the_unchanged_calls_are_accepted():
     for changes in ({}, NEW, PAGED, PAGED | NEW):
         assert call(**changes).shape == (B, N, HQ, DV)
+
+
+@pytest.mark.parametrize(
+    ("memory", "caches", "shared"),
+    [
+        ((2, 3, 9, 2, 8), lambda x: x.unbind(0), False),
+        ((3, 2, 9, 2, 8), lambda x: x.unbind(1), False),
+        ((3, 9, 2, 2, 8), lambda x: x.unbind(2), False),
+        ((3, 9, 2, 14), lambda x: x.split((8, 6), -1), False),
+        (
+            (3, 9, 28),
+            lambda x: (x[..., :16].unflatten(2, (2, 8)), x[..., 16:].unflatten(2, (2, 6))),
+            False,
+        ),
+        (
+            (3, 9, 28),
+            lambda x: (x[..., :16].unflatten(2, (2, 8)), x[..., 15:27].unflatten(2, (2, 6))),
+            True,
+        ),
+        ((3, 9, 2, 14), lambda x: (x[..., :8], x[..., 7:13]), True),
+        ((3, 9, 2, 8), lambda x: (x, x), True),
+        ((4, 9, 2, 8), lambda x: (x[:3], x[1:]), True),
+        ((3, 10, 2, 8), lambda x: (x[:, :9], x[:, 1:]), True),
+    ],
+)
+def test_caches_that_share_memory(memory, caches, shared):
+    """Both are written to. Interleaved caches are fine."""
+    k_cache, v_cache = caches(torch.zeros(memory))
+    numbers = torch.arange(k_cache.untyped_storage().size() // 4).view(memory)
+    k_places, v_places = (set(x.flatten().tolist()) for x in caches(numbers))
+    assert bool(k_places & v_places) is shared
+    q, new = torch.randn(3, 1, 2, 8), torch.randn(3, 1, 2, 8)
+    lengths = torch.zeros(3, dtype=torch.int32)
+
+    def call():
+        moda_decode(
+            q, k_cache, v_cache, None, None, lengths, k_new=new, v_new=new[..., : v_cache.shape[-1]]
+        )
+
+    if shared:
+        with pytest.raises(ValueError, match="must not share memory"):
+            call()
+        assert not k_cache.any() and not v_cache.any()
+    else:
+        call()
+        assert torch.equal(k_cache[:, :1], new) and torch.equal(
+            v_cache[:, :1], new[..., : v_cache.shape[-1]]
+        )

@@ -326,3 +326,18 @@ def test_sink_errors(changes, error, message):
     with pytest.raises(error) as caught:
         moda_sink_mass(**(right | changes))
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lse_of_the_operator_or_of_the_function(form, device):
+    """Float64 beside float32 queries, and float32; the mass is float32."""
+    q, k, v, k_depth, v_depth = make_inputs(1, 9, 4, 2, 16, 2, device=device, form=form)
+    _, wide = torch.ops.moda.attention(q, k, v, k_depth, v_depth)
+    assert wide.dtype is torch.float64
+    for mass in (
+        lambda lse: moda_depth_mass(q, k_depth[0] if form == "packed" else k_depth, lse),
+        lambda lse: moda_sink_mass(q, k, lse),
+    ):
+        ours, theirs = mass(wide), mass(wide.float())
+        assert ours.dtype is theirs.dtype is torch.float32
+        torch.testing.assert_close(ours, theirs)

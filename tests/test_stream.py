@@ -631,6 +631,7 @@ def forgets_what_write_returns(stream):
     stream.attend(Q)
 
 
+ALLOWED = "torch.float16, torch.bfloat16, torch.float32, torch.float64"
 MISUSES = [
     (lambda: allocate(-1), ValueError, "slots must be at least 0, got -1"),
     (lambda: allocate(2.0), TypeError, "slots must be an int, got 2.0"),
@@ -638,12 +639,12 @@ MISUSES = [
     (
         lambda: allocate(1, dtype=torch.int32),
         TypeError,
-        "dtype must be a floating-point dtype, got torch.int32",
+        f"dtype must be one of {ALLOWED}, got torch.int32",
     ),
     (
         lambda: allocate(1, grad_dtype="float32"),
         TypeError,
-        "grad_dtype must be a floating-point dtype, got 'float32'",
+        f"grad_dtype must be one of {ALLOWED}, got 'float32'",
     ),
     (
         lambda: allocate(1).write(K, V).write(K, V),
@@ -819,3 +820,17 @@ def test_attend_casts_no_lse():
         stream.attend(q)
     assert recorder.calls == ["moda.stream_attention.default"]
     assert stream.attend_with_lse(q)[1].dtype is torch.float32
+
+
+@pytest.mark.parametrize("kind", [DepthSlots, DepthStream])
+def test_a_slot_written_without_gradients_has_none(kind):
+    x = torch.randn(1, 4, 2, 8, requires_grad=True)
+    stream = kind() if kind is DepthSlots else DepthStream.allocate(1, 1, 4, 2, 8)
+    with torch.no_grad():
+        stream = stream.write(x, x)
+    assert not stream.attend(x.detach())[0].requires_grad
+
+
+def test_an_empty_list_has_no_value_dim():
+    with pytest.raises(ValueError, match="value_dim is not known before the first slot is written"):
+        DepthSlots().value_dim  # noqa: B018

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import (
 
 from helpers import Inputs, plain_attention
 from moda_ops import DepthSlots, DepthStream
-from moda_ops.nn import MoDAConfig, MoDALanguageModel, compile_blocks
+from moda_ops.nn import MoDAConfig, MoDALanguageModel, compile_blocks, depth_use, generate
 from moda_ops.operators import eager
 
 CONFIG = MoDAConfig(vocab_size=31, layers=3, width=24, heads=4, kv_heads=2, head_dim=6, hidden=32)
@@ -222,6 +222,50 @@ def test_blocks_of_a_bounded_model_stay_below_the_recompile_limit() -> None:
         logits.sum().backward()
         with torch.no_grad():
             bounded(tokens)
+
+
+def test_compiled_blocks_serve_what_is_done_with_a_model() -> None:
+    """Streams that grow with the layers make no variants; over a list a block has its own graph."""
+    model, tokens = make_model(torch.float32, layers=12), make_tokens()
+    plain = copy.deepcopy(model)
+    compile_blocks(model, backend="eager")
+    for length in (9, 5, 12):
+        loss_of(model, make_tokens(length=length), DepthStream).backward()
+    prompts = [[1, 2, 3], [4, 5]]
+    ours, theirs = (generate(x, prompts, 4) for x in (model, plain))
+    assert all(map(torch.equal, ours, theirs))
+    torch.testing.assert_close(
+        *(tree_leaves(depth_use(x, tokens)) for x in (model, plain)), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(model(tokens, DepthSlots()), plain(tokens, DepthSlots()))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), plain(tokens))
+
+
+def test_each_compiled_model_has_its_own_variants() -> None:
+    for layers in (2, 3, 4, 5, 6, 7):
+        model = make_model(torch.float32, layers=layers)
+        compile_blocks(model, backend="eager")
+        model(make_tokens()).sum().backward()
+        with torch.no_grad():
+            model(make_tokens())
+
+
+def test_a_bounded_compiled_model_is_evaluated() -> None:
+    model = MoDALanguageModel(make_model(torch.float32, layers=24, depth="kv").config.bounded(16))
+    plain = copy.deepcopy(model)
+    compile_blocks(model, backend="eager")
+    model(make_tokens()).sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(model(make_tokens()), plain(make_tokens()))
+
+
+def test_a_stream_must_be_empty() -> None:
+    model = make_model(torch.float32, layers=2)
+    H, D = model.kv_heads, model.config.head_dim
+    x = torch.randn(*make_tokens().shape, H, D)
+    with pytest.raises(ValueError, match="stream must be empty before the first block"):
+        model(make_tokens(), DepthSlots().write(x, x))
 
 
 def test_compiled_inference_before_training() -> None:

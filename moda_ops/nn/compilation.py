@@ -1,20 +1,24 @@
 """Compile a model block by block."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from itertools import accumulate
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moda_ops.nn.model import MoDABlock, MoDATransformer
-from moda_ops.stream.depth_stream import DepthStream
+from moda_ops.stream.depth_stream import DepthSlots, DepthStream
 
 
 def compile_blocks(model: MoDATransformer, **options: Any) -> None:
     """Compile every block as one graph, in place; blocks of a kind share their graphs.
+
+    That is with a :class:`moda_ops.DepthStream`. With :class:`moda_ops.DepthSlots` every block has
+    a graph of its own, because each takes another number of slots. Other streams run uncompiled:
+    :func:`generate` has ``compile=True`` of its own, and ``depth_use`` looks at eager blocks.
 
     PyTorch compiles a function again for gradients on or off and for other lengths and batch sizes,
     and stops at 8 variants (``torch._dynamo.config.recompile_limit``), with an error under
@@ -38,12 +42,13 @@ def compile_blocks(model: MoDATransformer, **options: Any) -> None:
         ...     model(torch.randint(256, (1, 5))).shape
         torch.Size([1, 5, 256])
     """
+    options = {"fullgraph": True} | options
     kinds = _kinds(model)
-    compiled = {
-        kind: torch.compile(_function(kind), **{"fullgraph": True} | options) for kind in set(kinds)
-    }
-    for block, kind in zip(model.blocks, kinds, strict=True):
-        block._compiled_call_impl = partial(_call, compiled[kind], block)  # as Module.compile does
+    shared = {kind: torch.compile(_function(f"block_{kind}"), **options) for kind in set(kinds)}
+    for i, (block, kind) in enumerate(zip(model.blocks, kinds, strict=True)):
+        alone = torch.compile(_function(f"block_{i}"), **options)
+        call = partial(_call, {DepthStream: shared[kind], DepthSlots: alone}, block)
+        block._compiled_call_impl = call  # as Module.compile does
 
 
 Kind = tuple[int, bool, bool]
@@ -64,15 +69,19 @@ def _run(block: nn.Module, *inputs: Any) -> Any:
     return block._call_impl(*inputs)
 
 
-@cache
-def _function(kind: Kind) -> Callable[..., Any]:
+def _function(name: str) -> Callable[..., Any]:
     """``_run`` with a code object of its own: PyTorch counts variants by code object."""
-    return FunctionType(_run.__code__.replace(co_name=f"block_{kind}"), globals())
+    return FunctionType(_run.__code__.replace(co_name=name), globals())
 
 
-def _call(compiled: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
-    for stream in inputs:
-        if isinstance(stream, DepthStream) and not torch.compiler.is_compiling():
-            # Otherwise Dynamo specialises on the second block's number of slots.
-            torch._dynamo.maybe_mark_dynamic(stream.token, 0)
-    return compiled(block, *inputs)
+def _call(
+    compiled: dict[type, Callable[..., Any]],
+    block: nn.Module,
+    x: Tensor,
+    rotary: Any,
+    stream: Any,
+) -> Any:
+    if isinstance(stream, DepthStream) and not torch.compiler.is_compiling():
+        # Otherwise Dynamo specialises on the second block's number of slots.
+        torch._dynamo.maybe_mark_dynamic(stream.token, 0)
+    return compiled.get(type(stream), _run)(block, x, rotary, stream)

@@ -114,9 +114,11 @@ class TokenEmbedding(nn.Embedding):
 
 
 def check_tokens(name: str, tokens: Tensor) -> None:
-    """Raise TypeError for floats, which a :class:`TokenEmbedding` would take for hidden states."""
+    """Raise unless they are (B, T), and integers: a :class:`TokenEmbedding` takes floats."""
     if tokens.is_floating_point():
         raise TypeError(f"{name} must be integers, got {tokens.dtype}")
+    if tokens.dim() != 2:
+        raise ValueError(f"{name} must have shape (B, T), got {tuple(tokens.shape)}")
 
 
 def output_layer(hidden: Tensor, embedding: nn.Module, vocab_size: int) -> Tensor:

@@ -233,10 +233,14 @@ class MoDATransformer(nn.Module):
         Args:
             x: (B, T, C), embedded.
             rotary: angles of the tokens; None rotates nothing.
-            stream: an empty one.
+            stream: an empty one. ValueError if it has slots.
             run_block: calls a block in place of ``block(x, rotary, stream)``, as
                 ``torch.utils.checkpoint.checkpoint`` (with ``use_reentrant=False``) does.
         """
+        if stream.written:
+            raise ValueError(
+                f"stream must be empty before the first block, got {stream.written} written slots"
+            )
         if self.embedding_norm is not None and self.embedding_write is not None:
             k, v = self.embedding_write(self.embedding_norm(x), rotary)
             x = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2)

@@ -38,6 +38,11 @@ def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype is torch.float32 else sum_dtype(q)
 
 
+def mass_lse_dtype(q: Tensor, lse: Tensor) -> torch.dtype:
+    """The dtype that lse must have beside q: an operator's lse serves as well as a function's."""
+    return lse.dtype if lse.dtype is lse_dtype(q) else sum_dtype(q)
+
+
 class Axes(NamedTuple):
     """The axes before the heads', as errors call them: of queries, of keys, and how many."""
 
@@ -135,9 +140,7 @@ def check_depth_mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, options: "Op
     L = k_depth[0].shape[-3] if is_packed(k_depth) else None
     _check_slots("k_depth", "D", q, k_depth, H, D, BATCHED, L)
     _check_heads(HQ, H, D, D, "k_depth", "q")
-    # Either the operators' own lse or a public function's.
-    dtype = lse.dtype if lse.dtype is lse_dtype(q) else sum_dtype(q)
-    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", dtype, q.device)
+    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", mass_lse_dtype(q, lse), q.device)
     _check_options(options)
 
 
@@ -444,6 +447,30 @@ def check_stream_attention(
             f"{k.shape[2]} heads, D = {k.shape[-1]} and DV = {v.shape[-1]}"
         )
     _check_options(options)
+
+
+def overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors of one rank share memory.
+
+    They do if the distance of their first elements is a sum of steps along the axes, fewer in each
+    than the axis is long. Strides are taken from the largest on, so that at most two numbers of
+    steps come near the distance. From the first axis on in which strides differ, all is one piece.
+    """
+    if not x.numel() or not y.numel() or x.untyped_storage()._cdata != y.untyped_storage()._cdata:
+        return False
+    axes = sorted(zip(x.stride(), y.stride(), x.shape, y.shape, strict=True), reverse=True)
+
+    def met(distance: int, axis: int) -> bool:
+        if axis == len(axes):
+            return distance == 0
+        stride, other, n, m = axes[axis]
+        if stride != other:
+            first, second = (sum((a[i + 2] - 1) * a[i] for a in axes[axis:]) for i in (0, 1))
+            return -second <= distance <= first
+        steps = {distance // stride, -(-distance // stride)} if stride else {0}
+        return any(-m < i < n and met(distance - i * stride, axis + 1) for i in steps)
+
+    return met(int(y.storage_offset()) - int(x.storage_offset()), 0)
 
 
 def check_decode(

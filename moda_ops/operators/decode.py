@@ -18,7 +18,7 @@ from moda_ops.operators.attention import (
     slot_lists,
     window_sides,
 )
-from moda_ops.operators.checks import DECODING, check_both, check_decode, sum_dtype
+from moda_ops.operators.checks import DECODING, check_both, check_decode, overlap, sum_dtype
 from moda_ops.operators.definition import LIBRARY, Options, implementation
 from moda_ops.operators.other_names import knows_other_names
 from moda_ops.rules.autograd import refuse_gradients
@@ -63,7 +63,7 @@ def _decode_append(
     block_table: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    if k_cache.numel() and k_cache.data_ptr() == v_cache.data_ptr():
+    if overlap(k_cache, v_cache):
         raise ValueError("k_cache and v_cache are both written to and must not share memory")
     caches, depth = (k_cache, v_cache), (k_depth, v_depth)
     results = _run(q, caches, depth, cache_seqlens, block_table, (k_new, v_new), options)

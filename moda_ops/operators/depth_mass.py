@@ -26,6 +26,7 @@ from moda_ops.operators.checks import (
     check_depth_mass,
     check_like,
     is_packed,
+    mass_lse_dtype,
     sum_dtype,
 )
 from moda_ops.operators.definition import LIBRARY, Options
@@ -75,8 +76,8 @@ def moda_depth_mass(
         softcap: as it was there.
 
     Returns:
-        (B, HQ, L), a probability; lse's dtype; 0 where T = 0. Of packed documents, one batch entry
-        (``q[None]``, slots ``[None]``, ``lse[None]``), the mean over all tokens.
+        (B, HQ, L), a probability, float32 at least; 0 where T = 0. Of packed documents, one batch
+        entry (``q[None]``, slots ``[None]``, ``lse[None]``), the mean over all tokens.
 
     Raises:
         TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
@@ -137,7 +138,7 @@ def moda_sink_mass(
             :meth:`DepthStream.attend`, for B = 1. First keys are then those of the document.
 
     Returns:
-        (B, HQ), a probability, lse's dtype.
+        (B, HQ), a probability, float32 at least.
 
     Raises:
         TypeError: an argument is of the wrong type, or a tensor of an unsupported or other dtype,
@@ -164,7 +165,7 @@ def moda_sink_mass(
     (B, T, HQ, D), (_, S, H, _) = q.shape, k.shape
     dtype = k.dtype if autocast_enabled(q.device) else q.dtype  # autocast casts both
     check_like("k", k, (B, S, H, D), "(B, S, H, D)", dtype, q.device)
-    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", sum_dtype(q), q.device)
+    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", mass_lse_dtype(q, lse), q.device)
     left = None if left is None else min(left, T + S)  # larger sides could wrap in 64 bits
     right = 0 if causal else None if right is None else min(right, T + S)
     token = torch.arange(T, device=q.device)
@@ -172,7 +173,7 @@ def moda_sink_mass(
     if cu_seqlens is not None:
         first, length, after = _documents(q, S, token, cu_seqlens)
     position = token - after + length
-    mass = lse.new_zeros(B, HQ)
+    mass = lse.new_zeros(B, HQ, dtype=sum_dtype(q))
     for n in range(min(keys, S)):
         seen = n < length
         if left is not None:

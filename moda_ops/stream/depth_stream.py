@@ -21,7 +21,7 @@ from moda_ops.operators.attention import (
     window_sides,
 )
 from moda_ops.operators.attention_varlen import moda_attention_varlen
-from moda_ops.operators.checks import EMPTY_STREAM, Plan, check_both, slots_left, sum_dtype
+from moda_ops.operators.checks import DTYPES, EMPTY_STREAM, Plan, check_both, slots_left, sum_dtype
 from moda_ops.operators.depth_attention import moda_depth_attention
 from moda_ops.operators.other_names import knows_other_names
 from moda_ops.stream import operators as stream_ops
@@ -104,7 +104,7 @@ class DepthStream(NamedTuple):
                 traffic of gradients.
 
         Raises:
-            TypeError: a dtype that is no floating-point dtype, or ``like`` is no tensor.
+            TypeError: a dtype that the operators do not take, or ``like`` is no tensor.
             ValueError: a size below 0 (``slots``, ``batch``, ``tokens``) or below 1.
         """
         value_dim = head_dim if value_dim is None else value_dim
@@ -126,8 +126,9 @@ class DepthStream(NamedTuple):
             dtype = compute_dtype(given_dtype, device)
         grad_dtype = dtype if grad_dtype is None else grad_dtype
         for name, given in (("dtype", dtype), ("grad_dtype", grad_dtype)):
-            if not isinstance(given, torch.dtype) or not given.is_floating_point:
-                raise TypeError(f"{name} must be a floating-point dtype, got {given!r}")
+            if given not in DTYPES["cpu"]:
+                allowed = ", ".join(map(str, DTYPES["cpu"]))
+                raise TypeError(f"{name} must be one of {allowed}, got {given!r}")
         shape = (batch, tokens, kv_heads, head_dim + value_dim)
         # An empty of its own, because a compiler may merge equal calls but never two empties.
         unique = torch.empty(0, dtype=dtype, device=device)
@@ -498,6 +499,8 @@ class DepthSlots(NamedTuple):
         """The stream with one more slot: k (B, T, H, D) and v (B, T, H, DV)."""
         check_tensors(k=k, v=v)
         self._check_reentrant()
+        if not torch.is_grad_enabled():
+            k, v = k.detach(), v.detach()  # as a write into a buffer does
         eager = not torch.compiler.is_compiling()
         if eager and not torch.is_grad_enabled() and in_reentrant_forward():
             _without_gradient[k] = True
@@ -577,6 +580,8 @@ class DepthSlots(NamedTuple):
     @property
     def value_dim(self) -> int:
         """DV, of values."""
+        if not self.v:
+            raise ValueError("value_dim is not known before the first slot is written")
         return self.v[0].shape[-1]
 
     def attend_sequence(
