@@ -92,7 +92,7 @@ class Program:
                 slots = sorted(draw.random.sample(range(n), draw.random.randint(0, n)))
                 options, dropped, n = dict(slots=slots), dropped or len(slots) < n, len(slots)
             elif step == "junk":
-                options, dropped = dict(slots=range(n)), True
+                options, dropped = dict(slots=list(range(n))), True
             elif step != "depth":
                 window = draw.random.choice((0, 3)) if draw.chance("left", 0.5) else None
                 options |= dict(window=window, cu_seqlens=cu)

@@ -155,8 +155,9 @@ def rounding(
     To first order: p carries the roundings of its score (a sum of products) and of lse, ds those of
     the two sums that cancel in dp - delta, and the final sums add magnitudes. With ``stored`` also
     what one rounding of p, out and ds to the inputs' dtype amounts to, and four roundings in place
-    of one: thousands of random cases need it, among them results of few elements, where a plain
-    evaluation may be exact by accident, and sums of 128 products whose roundings add up.
+    of one, in sums over tokens at least a 32nd of their number: thousands of random cases need it,
+    among them results of few elements, where a plain evaluation may be exact by accident, and sums
+    of equal numbers, whose roundings have one direction.
     """
     exact, size = inputs.map(lambda x: x.double()), inputs.map(lambda x: x.abs().double())
     scale = abs(_scale(inputs, options))
@@ -187,8 +188,13 @@ def rounding(
         out=_mix(p, sizes.v), lse=p.sum(-1), dq=_mix(ds, sizes.k), dk=dk, dv=dv,
         dk_depth=dk_depth, dv_depth=dv_depth,
     )  # fmt: skip
-    eps = torch.finfo(torch.float32).eps * (4 if stored else 1)
-    return {name: eps * x.max().item() if x.numel() else 0.0 for name, x in magnitudes.items()}
+    rows = inputs.q.shape[1] * G / 32
+    roundings = dict.fromkeys(magnitudes, 4.0) | dict(dk=max(rows, 4.0), dv=max(rows, 4.0))
+    eps = torch.finfo(torch.float32).eps
+    return {
+        name: eps * (roundings[name] if stored else 1.0) * x.max().item() if x.numel() else 0.0
+        for name, x in magnitudes.items()
+    }
 
 
 def assert_accurate(name: str, actual: Tensor, exact: Any, plain: Tensor, floor: float) -> None:
