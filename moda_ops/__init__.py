@@ -26,8 +26,6 @@ from moda_ops.operators.depth_mass import moda_depth_mass, moda_sink_mass
 from moda_ops.operators.migration import from_authors, to_authors
 from moda_ops.stream.depth_stream import DepthSlots, DepthStream
 
-from moda_ops.rules import autocast as autocast, flops as flops, vmap as vmap  # isort: skip  # of all operators
-
 __version__ = "0.1.0"
 __all__ = [
     "DepthSlots",

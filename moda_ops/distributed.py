@@ -38,49 +38,19 @@ Example:
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import functional as F
 
-from moda_ops.operators.definition import LIBRARY
-
-Axes = dict[str, int]
-
-
-class Layout(NamedTuple):
-    """Where an operator's batch, tokens and heads are, as far as it can be sharded over them."""
-
-    q: Axes  # and of every other tensor
-    lse: Axes
-    packed: Axes  # depth in one tensor
-
-    def axes(self, name: str, x: Tensor, q: Tensor) -> Axes:
-        """Of an argument or a result; those that are not named lie on every rank."""
-        if name.startswith("cu_seqlens"):
-            return {}
-        if name.endswith("lse"):
-            return self.lse
-        if name.endswith("_depth") and x.dim() > q.dim():
-            return self.packed
-        keys = name in ("k", "v", "dk", "dv")
-        return {axis: n for axis, n in self.q.items() if not (keys and axis == "tokens")}
-
-
-DENSE = Layout({"batch": 0, "heads": 2}, {"batch": 0, "heads": 1}, {"batch": 0, "heads": 3})
-BY_TOKEN = Layout(DENSE.q | {"tokens": 1}, DENSE.lse | {"tokens": 2}, DENSE.packed | {"tokens": 1})
-LAYOUTS = {
-    "attention": BY_TOKEN,
-    "attention_varlen": Layout({"heads": 1}, {"heads": 0}, {"heads": 2}),
-    "chunk_attention": DENSE,
-    "depth_attention": BY_TOKEN,
-}
+from moda_ops.rules.operator import LIBRARY, OPERATORS
+from moda_ops.rules.sharding import Sharding
 
 
 def _dispatch(
-    layout: Layout,
+    sharding: Sharding,
     cls: type,
     op: Any,
     types: Sequence[type],
@@ -91,10 +61,10 @@ def _dispatch(
     given = dict(zip([x.name for x in op._schema.arguments], args, strict=False))
     _check_distributed(given)
     q, mesh = given["q"], given["q"].device_mesh
-    split_over = _split_over(layout, given)
+    split_over = _split_over(sharding, given)
 
     def placements(name: str, x: Tensor) -> list[Placement]:
-        axes = layout.axes(name, x, q)
+        axes = sharding.axes(name, x, q)
         return [Shard(axes[axis]) if axis in axes else Replicate() for axis in split_over]
 
     def localize(name: str, x: Any) -> Any:
@@ -111,7 +81,7 @@ def _dispatch(
     def gradient(name: str, x: Any, like: Any) -> Any:
         if isinstance(x, list):
             return [gradient(name, *pair) for pair in zip(x, like, strict=True)]
-        axes = layout.axes(name, x, q)
+        axes = sharding.axes(name, x, q)
         summed: list[Placement] = [
             Partial() if axis == "tokens" and axis not in axes else placement
             for axis, placement in zip(split_over, placements(name, x), strict=True)
@@ -157,10 +127,10 @@ def _check_distributed(given: dict[str, Any]) -> None:
                 )
 
 
-def _split_over(layout: Layout, given: dict[str, Any]) -> list[str | None]:
+def _split_over(sharding: Sharding, given: dict[str, Any]) -> list[str | None]:
     """What each dimension of the mesh shards: batch, tokens, heads or nothing."""
     q, mesh = given["q"], given["q"].device_mesh
-    axes = {n: axis for axis, n in layout.q.items()}
+    axes = {n: axis for axis, n in sharding.q.items()}
     split = [axes.get(p.dim) if type(p) is Shard else None for p in q.placements]
     if split.count("tokens") > 1:
         raise ValueError(f"q may be sharded over tokens by one mesh dimension, got {q.placements}")
@@ -195,8 +165,8 @@ def _visible_keys(
     return slice(0 if left is None else min(max(first - left, 0), stop), stop)
 
 
-for _name, _layout in LAYOUTS.items():
-    for _op in (_name, f"{_name}_backward"):
+for _name, _operator in OPERATORS.items():
+    if _operator.sharding is not None:
         torch.library.register_torch_dispatch(
-            f"moda::{_op}", DTensor, partial(_dispatch, _layout), lib=LIBRARY
+            f"moda::{_name}", DTensor, partial(_dispatch, _operator.sharding), lib=LIBRARY
         )

@@ -41,7 +41,7 @@ except ImportError as error:
 
 from moda_ops import nn
 from moda_ops.nn.layers import check_tokens, rotary_angles
-from moda_ops.operators.attention import compute_dtype
+from moda_ops.rules.autocast import compute_dtype
 from moda_ops.stream.depth_stream import DepthSlots, DepthStream
 
 __all__ = ["MoDACache", "MoDAConfig", "MoDAForCausalLM"]

@@ -13,7 +13,7 @@ the largest share of attention (arXiv 2306.14048).
 
 from collections.abc import Callable, Sequence
 
-from moda_ops.operators.attention import check_int
+from moda_ops.operators.arguments import check_int
 
 SlotPolicy = Callable[[int, tuple[int, ...], int], Sequence[int]]
 """``policy(layer, slots, budget)``: which of the slots stay before this layer reads."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moda_ops.operators.attention import (
+from moda_ops.operators.arguments import (
     Window,
     check_bool,
     check_option,

@@ -17,7 +17,8 @@ from moda_ops.nn.cache import CachedStream, KVCache
 from moda_ops.nn.config import BlockConfig
 from moda_ops.nn.layers import rotary_angles
 from moda_ops.nn.model import MoDALanguageModel
-from moda_ops.operators.attention import check_bool, check_int, compute_dtype
+from moda_ops.operators.arguments import check_bool, check_int
+from moda_ops.rules.autocast import compute_dtype
 
 LEAST_TEMPERATURE = 1e-6  # below it scores leave the range of float32
 STOP_CHECK_STEPS = 16

@@ -16,7 +16,7 @@ from moda_ops.nn.layers import check_tokens
 from moda_ops.nn.model import MoDALanguageModel
 from moda_ops.nn.watch import Reading, WatchedStream
 from moda_ops.operators import eager
-from moda_ops.operators.attention import check_int, window_sides
+from moda_ops.operators.arguments import check_int, window_sides
 from moda_ops.operators.depth_mass import moda_depth_mass, moda_sink_mass
 
 

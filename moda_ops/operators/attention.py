@@ -1,16 +1,63 @@
-"""The public function: friendly arguments in, one call of ``torch.ops.moda.attention`` out."""
+"""``moda_attention`` and ``torch.ops.moda.attention``."""
 
-from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from moda_ops.operators.checks import BATCHED, Axes, Plan, check_both, sum_dtype
+from moda_ops.operators.arguments import (
+    DepthArgument,
+    Window,
+    attention_options,
+    check_bool,
+    check_tensors,
+    slot_lists,
+)
+from moda_ops.operators.checks import Plan, check_attention, sum_dtype
+from moda_ops.operators.definition import DEPTH, Attention, define_attention
 from moda_ops.operators.other_names import knows_other_names
+from moda_ops.operators.slot_tensors import SlotTensors
+from moda_ops.rules.flops import visible_pairs
+from moda_ops.rules.sharding import BY_TOKEN_TOO
 
-Depth = Sequence[Tensor] | Tensor
-Window = int | tuple[int | None, int | None]
+
+def _pairs(
+    q: Tensor,
+    k: Tensor,
+    k_depth: list[Tensor],
+    causal: bool = True,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    **_: Any,
+) -> int:
+    (B, T), S = q.shape[:2], k.shape[1]
+    right = 0 if causal else window_right
+    return B * (visible_pairs(T, S, window_left, right) + T * SlotTensors.of(k_depth).number)
+
+
+def _forward(kernels: Any, q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    *tensors, options = inputs
+    out, lse = kernels.attention(q, *tensors, *options.resolved(q.shape[-1]))
+    return out, lse
+
+
+def _backward(kernels: Any, dout: Tensor, dlse: Tensor | None, q: Tensor, *saved: Any) -> Any:
+    *tensors, options = saved
+    return kernels.attention_backward(dout, dlse, q, *tensors, *options.resolved(q.shape[-1]))
+
+
+define_attention(
+    Attention(
+        "attention",
+        f"Tensor q, Tensor k, Tensor v, {DEPTH}",
+        trained=5,
+        check=check_attention,
+        forward=_forward,
+        backward=_backward,
+        pairs=_pairs,
+        sharding=BY_TOKEN_TOO,
+    )
+)
 
 
 @overload
@@ -18,8 +65,8 @@ def moda_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_depth: Depth | None = ...,
-    v_depth: Depth | None = ...,
+    k_depth: DepthArgument | None = ...,
+    v_depth: DepthArgument | None = ...,
     *,
     causal: bool = ...,
     scale: float | None = ...,
@@ -35,8 +82,8 @@ def moda_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_depth: Depth | None = ...,
-    v_depth: Depth | None = ...,
+    k_depth: DepthArgument | None = ...,
+    v_depth: DepthArgument | None = ...,
     *,
     causal: bool = ...,
     scale: float | None = ...,
@@ -52,8 +99,8 @@ def moda_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_depth: Depth | None = None,
-    v_depth: Depth | None = None,
+    k_depth: DepthArgument | None = None,
+    v_depth: DepthArgument | None = None,
     *,
     causal: bool = True,
     scale: float | None = None,
@@ -127,132 +174,8 @@ def moda_attention(
         torch.Size([2, 16, 4, 32])
     """
     check_tensors(q=q, k=k, v=v)
-    check_option("scale", scale)
-    check_option("softcap", softcap)
     check_bool("return_lse", return_lse)
-    check_plan(plan)
-    left, right = window_sides(window)
-    out, lse = torch.ops.moda.attention(
-        q,
-        k,
-        v,
-        *slot_lists(k_depth, v_depth),
-        causal=check_bool("causal", causal),
-        scale=scale,
-        window_left=left,
-        window_right=right,
-        softcap=softcap,
-        plan=plan,
-    )
+    options = attention_options(causal, scale, window, softcap, plan)
+    depth = slot_lists(k_depth, v_depth)
+    out, lse = torch.ops.moda.attention(q, k, v, *depth, **options)
     return (out, lse.to(sum_dtype(q))) if return_lse else out
-
-
-def check_tensors(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def check_bool(name: str, value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, torch.SymBool):
-        return bool(value)  # a mask is one or the other: a compiler guards on it
-    raise TypeError(f"{name} must be a bool, got {_repr(value)}")
-
-
-def check_int(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {_repr(value)}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    _check_64_bits(name, value)
-    return value  # type: ignore[return-value]
-
-
-def _check_64_bits(name: str, value: object) -> None:
-    """What PyTorch's operators take for an int."""
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit in 64 bits if it is an int, got {value}")
-
-
-def check_option(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number or None, got {_repr(value)}")
-    _check_64_bits(name, value)
-
-
-def _repr(value: object) -> str:
-    """Of an argument that should be a Python number; NumPy's and tensors can become one."""
-    return f"{value!r}; call .item()" if hasattr(value, "item") else repr(value)
-
-
-def check_plan(value: object) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"plan must be a string, got {value!r}")
-
-
-def autocast_enabled(device: torch.device) -> bool:
-    """Whether autocast casts tensors there; PyTorch raises on meta, where it has no autocast."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that a layer computes in: autocast's where that applies, else its input's."""
-    if dtype is not torch.float64 and autocast_enabled(device):
-        return torch.get_autocast_dtype(device.type)
-    return dtype
-
-
-def slot_lists(
-    k_depth: Depth | None, v_depth: Depth | None, axes: Axes = BATCHED
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The operators' form of depth: L slots, or a list of one packed tensor."""
-    check_both("k_depth", k_depth, "v_depth", v_depth)
-    return _slot_list("k_depth", k_depth, axes), _slot_list("v_depth", v_depth, axes)
-
-
-def _slot_list(name: str, depth: Depth | None, axes: Axes) -> list[Tensor]:
-    slot, packed = f"({axes.queries}, H, D)", f"({axes.queries}, L, H, D)"
-    if depth is None:
-        return []
-    if isinstance(depth, Tensor):
-        if depth.dim() != axes.rank + 3:
-            raise ValueError(
-                f"{name} given as one tensor must be packed, {packed}, got "
-                f"{depth.dim()} dimensions {tuple(depth.shape)}; a single slot goes in a list"
-            )
-        return [depth]
-    if not isinstance(depth, (list, tuple)):
-        raise TypeError(
-            f"{name} must be a list of tensors {slot} or one packed tensor {packed}, "
-            f"got {type(depth).__name__}"
-        )
-    for i, x in enumerate(depth):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}[{i}] must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != axes.rank + 2:
-            raise ValueError(
-                f"{name}[{i}] must be {slot}, got {x.dim()} dimensions "
-                f"{tuple(x.shape)}; a packed tensor is given by itself, not in a list"
-            )
-    return list(depth)
-
-
-def window_sides(window: Window | None) -> tuple[int | None, int | None]:
-    if window is None:
-        return None, None
-    sides = (window, window) if isinstance(window, (int, torch.SymInt)) else window
-    if not isinstance(sides, tuple) or len(sides) != 2:
-        raise TypeError(
-            f"window must be None, an int or a tuple (left, right), got {_repr(window)}"
-        )
-    for side in sides:
-        if isinstance(side, bool) or not (side is None or isinstance(side, (int, torch.SymInt))):
-            raise TypeError(f"window sides must be ints or None, got {_repr(side)}")
-        if side is not None and side < 0:
-            raise ValueError(f"window sides must be >= 0 (None is unbounded), got {window!r}")
-        _check_64_bits("a window side", side)
-    return sides

@@ -1,4 +1,4 @@
-"""Packed documents: ``moda_attention_varlen`` and torch.ops.moda.attention_varlen.
+"""Packed documents: ``moda_attention_varlen`` and ``torch.ops.moda.attention_varlen``.
 
 The implementations see one batch entry whose documents hide each other.
 """
@@ -8,155 +8,116 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from moda_ops.operators import definition as ops
-from moda_ops.operators.attention import (
-    Depth,
+from moda_ops.operators.arguments import (
+    DepthArgument,
     Window,
+    attention_options,
     check_bool,
     check_int,
-    check_option,
-    check_plan,
     check_tensors,
     slot_lists,
-    window_sides,
 )
-from moda_ops.operators.checks import (
-    PACKED,
-    Plan,
-    check_attention,
-    check_backward,
-    check_cu_seqlens,
-    lse_dtype,
-    sum_dtype,
-)
-from moda_ops.operators.definition import LIBRARY, OPTIONS, Options, empty_like
+from moda_ops.operators.checks import Plan, check_varlen, sum_dtype
+from moda_ops.operators.definition import DEPTH, Attention, define_attention
+from moda_ops.operators.options import Options
 from moda_ops.operators.other_names import knows_other_names
-
-LIBRARY.define(
-    "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "
-    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, {OPTIONS}) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    "attention_varlen_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
-    "Tensor[] k_depth, Tensor[] v_depth, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor out, "
-    f"Tensor lse, {OPTIONS}) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dk_depth, Tensor[] dv_depth)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from moda_ops.operators.slot_tensors import SlotTensors
+from moda_ops.rules.flops import known_documents, visible_pairs
+from moda_ops.rules.sharding import PACKED_BY_HEAD
+from moda_ops.rules.vmap import Arguments, Vmap, mapped_rows
 
 
-def _batch_of_one(*tensors: Tensor | None) -> list[Any]:
-    return [x if x is None else x.unsqueeze(0) for x in tensors]
+def _batch_of_one(x: Any) -> Any:
+    return [y.unsqueeze(0) for y in x] if isinstance(x, list) else x.unsqueeze(0)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    options: Options,
-) -> None:
-    check_attention(q, k, v, k_depth, v_depth, options, PACKED)
-    check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
+def _only_entry(x: Any) -> Any:
+    return [y.squeeze(0) for y in x] if isinstance(x, list) else x.squeeze(0)
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    opts = Options(**options)
-    _check(q, k, v, k_depth, v_depth, cu_seqlens_q, cu_seqlens_k, opts)
-    out, lse = ops.implementation(q).attention(
-        *_batch_of_one(q, k, v),
-        _batch_of_one(*k_depth),
-        _batch_of_one(*v_depth),
-        *opts.resolved(q.shape[-1]),
+def _forward(
+    kernels: Any, q: Tensor, k: Tensor, v: Tensor, k_depth: list[Tensor], v_depth: list[Tensor],
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: Options,
+) -> Any:  # fmt: skip
+    results = kernels.attention(
+        *map(_batch_of_one, (q, k, v, k_depth, v_depth)),
+        *options.resolved(q.shape[-1]),
         cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
     )
-    return out.squeeze(0), lse.squeeze(0)
+    return tuple(map(_only_entry, results))
 
 
-def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, k_depth, v_depth, cu_seqlens_q, cu_seqlens_k, Options(**options))
-    T, HQ, _ = q.shape
-    return q.new_empty(T, HQ, v.shape[-1]), q.new_empty(HQ, T, dtype=lse_dtype(q))
-
-
-def _attention_backward(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    opts = Options(**options)
-    _check(q, k, v, k_depth, v_depth, cu_seqlens_q, cu_seqlens_k, opts)
-    check_backward(dout, dlse, out, lse, q, v, PACKED)
-    dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dk_depth, dv_depth = ops.implementation(q).attention_backward(
-        *_batch_of_one(dout, dlse, q, k, v),
-        _batch_of_one(*k_depth),
-        _batch_of_one(*v_depth),
-        *_batch_of_one(out, lse),
-        *opts.resolved(q.shape[-1]),
+def _backward(
+    kernels: Any, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    k_depth: list[Tensor], v_depth: list[Tensor], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    out: Tensor, lse: Tensor, options: Options,
+) -> Any:  # fmt: skip
+    grads = kernels.attention_backward(
+        _batch_of_one(dout),
+        None if dlse is None else _batch_of_one(dlse),
+        *map(_batch_of_one, (q, k, v, k_depth, v_depth, out, lse)),
+        *options.resolved(q.shape[-1]),
         cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
     )
-    dk_depth, dv_depth = ([x.squeeze(0) for x in depth] for depth in (dk_depth, dv_depth))
-    return dq.squeeze(0), dk.squeeze(0), dv.squeeze(0), dk_depth, dv_depth
+    return tuple(map(_only_entry, grads))
 
 
-def _attention_backward_fake(
-    dout: Tensor | None,
-    dlse: Tensor | None,
+def _pairs(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     k_depth: list[Tensor],
-    v_depth: list[Tensor],
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    _check(q, k, v, k_depth, v_depth, cu_seqlens_q, cu_seqlens_k, Options(**options))
-    check_backward(dout, dlse, out, lse, q, v, PACKED)
-    dq, dk, dv = empty_like([q, k, v])
-    return dq, dk, dv, empty_like(k_depth), empty_like(v_depth)
+    causal: bool = True,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    **_: Any,
+) -> int:
+    T, S, right = q.shape[0], k.shape[0], 0 if causal else window_right
+    documents = known_documents((cu_seqlens_q, cu_seqlens_k), T, S)
+    sequence = sum(visible_pairs(t, s, window_left, right) for t, s in documents)
+    return sequence + T * SlotTensors.of(k_depth, 1).number
 
 
-ops.register(
-    "attention_varlen",
-    _attention,
-    _attention_fake,
-    _attention_backward,
-    _attention_backward_fake,
+def _fold_documents(arguments: Arguments, size: int) -> dict[str, Any]:
+    """Where the documents of all packed sequences begin, once these stand one after the other.
+
+    A sequence's tokens before its first document become two documents of their own, one of queries
+    alone and one of keys alone, which see nothing of each other, nor of another sequence. So do
+    those after its last document.
+    """
+    totals = {}
+    for side, tokens in (("q", arguments["q"]), ("k", arguments["k"])):
+        shape = list(tokens.value.shape)
+        if tokens.dim is not None:
+            shape.pop(tokens.dim)
+        totals[side] = shape[0]
+    starts = {side: mapped_rows(arguments[f"cu_seqlens_{side}"], size) for side in totals}
+    zero = starts["k"].new_zeros(size, 1)
+    first = {"q": starts["q"][:, :1], "k": zero}  # queries alone, then keys alone
+    last = {"q": zero + totals["q"], "k": starts["k"][:, -1:]}  # the same
+    folded = {}
+    for side, total in totals.items():
+        offset = torch.arange(size, device=starts[side].device, dtype=torch.int32) * total
+        begins = torch.cat([zero, first[side], starts[side], last[side]], 1) + offset[:, None]
+        end = begins.new_full((1,), size * total)
+        folded[f"cu_seqlens_{side}"] = torch.cat([begins.flatten(), end])
+    return folded
+
+
+define_attention(
+    Attention(
+        "attention_varlen",
+        f"Tensor q, Tensor k, Tensor v, {DEPTH}, Tensor cu_seqlens_q, Tensor cu_seqlens_k",
+        trained=5,
+        check=check_varlen,
+        forward=_forward,
+        backward=_backward,
+        pairs=_pairs,
+        sharding=PACKED_BY_HEAD,
+        vmap=Vmap({"lse": 1, "dlse": 1}, _fold_documents),
+        results=("total_q HQ DV", "HQ total_q"),
+    )
 )
 
 
@@ -165,8 +126,8 @@ def moda_attention_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | None = ...,
@@ -186,8 +147,8 @@ def moda_attention_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | None = ...,
@@ -207,8 +168,8 @@ def moda_attention_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | None = None,
@@ -265,26 +226,13 @@ def moda_attention_varlen(
         >>> torch.testing.assert_close(out[3:], moda_attention(q, k, v, [k], [v])[0])
     """
     check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    check_option("scale", scale)
-    check_option("softcap", softcap)
     check_bool("return_lse", return_lse)
-    check_plan(plan)
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if length is not None:
             check_int(name, length, 0)
-    left, right = window_sides(window)
+    options = attention_options(causal, scale, window, softcap, plan)
+    depth = slot_lists(k_depth, v_depth, "total_q")
     out, lse = torch.ops.moda.attention_varlen(
-        q,
-        k,
-        v,
-        *slot_lists(k_depth, v_depth, PACKED),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        causal=check_bool("causal", causal),
-        scale=scale,
-        window_left=left,
-        window_right=right,
-        softcap=softcap,
-        plan=plan,
+        q, k, v, *depth, cu_seqlens_q, cu_seqlens_k, **options
     )
     return (out, lse.to(sum_dtype(q))) if return_lse else out

@@ -1,13 +1,16 @@
 """What the operators accept: one pass over the arguments, errors that name the argument."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from moda_ops.operators.slot_tensors import SlotTensors
+
 if TYPE_CHECKING:
-    from moda_ops.operators.definition import Options
+    from moda_ops.operators.options import Options
 
 MAX_HEAD_DIM = 256
 MAX_CAPACITY = 2**30 - 2**20  # of a cache, in tokens; leaves room for what is added to positions
@@ -43,21 +46,108 @@ def mass_lse_dtype(q: Tensor, lse: Tensor) -> torch.dtype:
     return lse.dtype if lse.dtype is lse_dtype(q) else sum_dtype(q)
 
 
-class Axes(NamedTuple):
-    """The axes before the heads', as errors call them: of queries, of keys, and how many."""
-
-    queries: str
-    keys: str
-    rank: int
-
-
-BATCHED = Axes("B, T", "B, S", 2)
-PACKED = Axes("total_q", "total_k", 1)
-DECODING = Axes("B, N", "B, S_max", 2)
+@lru_cache
+def _symbols(layout: str) -> tuple[tuple[str, ...], str]:
+    """A layout's symbols, and how errors write it."""
+    symbols = tuple(layout.split())
+    return symbols, f"({symbols[0]},)" if len(symbols) == 1 else f"({', '.join(symbols)})"
 
 
-def _shape(tensor: Tensor) -> str:
+def shape_of(tensor: Tensor) -> str:
+    """Its shape, as errors write it."""
     return "(" + ", ".join(str(n) for n in tensor.shape) + ")"
+
+
+class Sizes:
+    """What the symbols of layouts like ``"B T HQ D"`` stand for in one call.
+
+    Every tensor has q's device, and stride 1 in its last dimension. The first tensor with a symbol
+    in its layout says how large it is.
+    """
+
+    def __init__(self, q: Tensor, layout: str) -> None:
+        device = q.device.type
+        if device not in DTYPES:
+            raise ValueError(f"q must be on a cpu, cuda or meta device, got {q.device}")
+        if q.dtype not in DTYPES[device]:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[device])
+            raise TypeError(f"q must have one of the dtypes {allowed} on {device}, got {q.dtype}")
+        self.q = q
+        self.known: dict[str, int] = {}
+        self.bind("q", q, layout)
+
+    def __getitem__(self, symbol: str) -> int:
+        return self.known[symbol]
+
+    def shape(self, layout: str) -> tuple[int, ...]:
+        """Of a tensor of this layout, whose symbols are all known."""
+        return tuple(self.known[symbol] for symbol in _symbols(layout)[0])
+
+    def bind(self, name: str, x: Tensor, layout: str, dtype: torch.dtype | None = None) -> None:
+        """Raise unless x fits the layout and has this dtype, by default q's."""
+        symbols, dims = _symbols(layout)
+        check_rank(name, x, dims)
+        pairs = zip(symbols, x.shape, strict=True)
+        shape = tuple(self.known.setdefault(symbol, size) for symbol, size in pairs)
+        check_like(name, x, shape, dims, dtype or self.q.dtype, self.q.device)
+        check_last_stride(name, x)
+
+    def bind_indices(self, name: str, x: Tensor, layout: str) -> None:
+        """:meth:`bind` for int32."""
+        if x.dtype is not torch.int32:
+            raise TypeError(f"{name} must have dtype torch.int32, got {x.dtype}; call .int()")
+        self.bind(name, x, layout, torch.int32)
+
+    def bind_keys(self, k: Tensor, v: Tensor, k_layout: str, v_layout: str) -> None:
+        """A sequence's keys and values."""
+        self.bind("k", k, k_layout)
+        self.bind("v", v, v_layout)
+        self.check_heads("k", "v")
+
+    def check_heads(self, k: str, v: str) -> None:
+        """Raise unless query heads come in groups; k and v are the arguments' names."""
+        HQ, H = self["HQ"], self["H"]
+        if H == 0 or HQ == 0 or HQ % H:
+            raise ValueError(
+                f"q's heads must be a positive multiple of {k}'s, got HQ = {HQ} and H = {H}; "
+                "heads are the second to last dimension"
+            )
+        for name, dim in (("q", self["D"]), (v, self["DV"])):
+            if not 1 <= dim <= MAX_HEAD_DIM:
+                raise ValueError(f"{name}'s head dim must be within 1..{MAX_HEAD_DIM}, got {dim}")
+
+    def bind_depth(self, k_depth: list[Tensor], v_depth: list[Tensor], tokens: str) -> None:
+        """Depth keys and values, whose layouts begin with those of ``tokens``."""
+        if not k_depth and not v_depth:
+            return
+        axes = len(_symbols(tokens)[0])
+        k, v = SlotTensors.of(k_depth, axes), SlotTensors.of(v_depth, axes)
+        if k.packed != v.packed:
+            raise ValueError(
+                "k_depth and v_depth must both be lists of slots or both packed tensors, "
+                f"got {k} and {v}"
+            )
+        if len(k_depth) != len(v_depth):
+            raise ValueError(
+                "k_depth and v_depth must have the same number of slots, "
+                f"got {len(k_depth)} and {len(v_depth)}"
+            )
+        self.bind_slots("k_depth", k, f"{tokens} H D")
+        self.bind_slots("v_depth", v, f"{tokens} H DV")
+
+    def bind_slots(self, name: str, depth: SlotTensors, layout: str) -> None:
+        """One of the two, in slots of this layout."""
+        if depth.packed:
+            *tokens, H, D = _symbols(layout)[0]
+            return self.bind(name, depth.tensors[0], " ".join([*tokens, "L", H, D]))
+        if not depth.tensors:
+            return None
+        self.bind(f"{name}[0]", depth.tensors[0], layout)
+        shape, dtype, device = self.shape(layout), self.q.dtype, self.q.device
+        for i, x in enumerate(depth.tensors):  # there may be hundreds: the cheapest test first
+            fits = x.shape == shape and x.dtype is dtype and x.device == device
+            if not (fits and x.stride(-1) == 1):
+                self.bind(f"{name}[{i}]", x, layout)
 
 
 def check_like(
@@ -69,35 +159,27 @@ def check_like(
     device: torch.device,
     whose: str = "q",
 ) -> None:
+    """Raise unless the tensor has this shape, dtype and device, which are those of ``whose``."""
     if tensor.shape != shape:
         expected = ", ".join(str(n) for n in shape)
-        raise ValueError(f"{name} must have shape {dims} = ({expected}), got {_shape(tensor)}")
+        raise ValueError(f"{name} must have shape {dims} = ({expected}), got {shape_of(tensor)}")
     if tensor.dtype is not dtype:
         raise TypeError(f"{name} must have dtype {dtype} to fit {whose}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {whose}'s device {device}, got {tensor.device}")
 
 
-def _check_input(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, q: Tensor) -> None:
-    """Shape, q's dtype and device, and unit stride in the last axis."""
-    check_like(name, tensor, shape, dims, q.dtype, q.device)
-    _check_last_stride(name, tensor)
+def check_rank(name: str, tensor: Tensor, dims: str) -> None:
+    if tensor.dim() != len(dims.strip("(,)").split(",")):
+        raise ValueError(f"{name} must have shape {dims}, got {shape_of(tensor)}")
 
 
-def _check_last_stride(name: str, tensor: Tensor) -> None:
+def check_last_stride(name: str, tensor: Tensor) -> None:
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel():
         raise ValueError(
             f"{name} must be contiguous in its last dimension (stride 1), got strides "
             f"{tuple(tensor.stride())}; call .contiguous() if a copy is acceptable"
         )
-
-
-def _check_indices(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, q: Tensor) -> None:
-    """Shape, int32, q's device, and unit stride in the last axis."""
-    if tensor.dtype is not torch.int32:
-        raise TypeError(f"{name} must have dtype torch.int32, got {tensor.dtype}; call .int()")
-    check_like(name, tensor, shape, dims, torch.int32, q.device)
-    _check_last_stride(name, tensor)
 
 
 def check_attention(
@@ -107,138 +189,83 @@ def check_attention(
     k_depth: list[Tensor],
     v_depth: list[Tensor],
     options: "Options",
-    axes: Axes = BATCHED,
-) -> None:
-    """Raise ValueError or TypeError unless the arguments of ``moda::attention`` fit together."""
-    _check_sequence(q, k, v, axes)
-    _check_depth(q, k_depth, v_depth, k.shape[-2], v.shape[-1], axes)
-    _check_options(options)
+) -> Sizes:
+    """The sizes of a call of ``moda::attention``; raise if its arguments do not fit together."""
+    sizes = Sizes(q, "B T HQ D")
+    sizes.bind_keys(k, v, "B S H D", "B S H DV")
+    sizes.bind_depth(k_depth, v_depth, "B T")
+    check_options(options)
+    return sizes
+
+
+def check_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_depth: list[Tensor],
+    v_depth: list[Tensor],
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: "Options",
+) -> Sizes:
+    """The same of ``moda::attention_varlen``."""
+    sizes = Sizes(q, "total_q HQ D")
+    sizes.bind_keys(k, v, "total_k H D", "total_k H DV")
+    sizes.bind_depth(k_depth, v_depth, "total_q")
+    check_options(options)
+    check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
+    return sizes
 
 
 def check_depth_attention(
     q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], options: "Options"
+) -> Sizes:
+    """The same of ``moda::depth_attention``."""
+    sizes = Sizes(q, "B T HQ D")
+    sizes.bind_depth(k_depth, v_depth, "B T")
+    for symbol, default in (("H", "HQ"), ("DV", "D")):  # an empty list does not say
+        sizes.known.setdefault(symbol, sizes[default])
+    sizes.check_heads("k_depth", "v_depth")
+    check_options(options)
+    return sizes
+
+
+def check_depth_mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, options: "Options") -> Sizes:
+    """The same of ``moda::depth_mass``."""
+    sizes, slots = Sizes(q, "B T HQ D"), SlotTensors.of(k_depth)
+    sizes.bind_slots("k_depth", slots, "B T H D")
+    sizes.known |= dict(L=slots.number, DV=sizes["D"], H=sizes.known.get("H", sizes["HQ"]))
+    sizes.check_heads("k_depth", "q")
+    check_like("lse", lse, sizes.shape("B HQ T"), "(B, HQ, T)", mass_lse_dtype(q, lse), q.device)
+    check_options(options)
+    return sizes
+
+
+def check_backward(
+    sizes: Sizes,
+    layouts: tuple[str, str],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
-    """Raise ValueError or TypeError unless the arguments of ``moda::depth_attention`` fit."""
-    _check_query(q, BATCHED)
-    H, DV = depth_heads(q, k_depth, v_depth)
-    _check_depth(q, k_depth, v_depth, H, DV, BATCHED)
-    _check_heads(q.shape[-2], H, q.shape[-1], DV, "k_depth", "v_depth")
-    _check_options(options)
-
-
-def depth_heads(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tuple[int, int]:
-    """(H, DV) of depth; those of q where the list is empty and does not say."""
-    H = k_depth[0].shape[-2] if k_depth and k_depth[0].dim() > 1 else q.shape[2]
-    DV = v_depth[0].shape[-1] if v_depth and v_depth[0].dim() > 0 else q.shape[3]
-    return H, DV
-
-
-def check_depth_mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, options: "Options") -> None:
-    """Raise ValueError or TypeError unless the arguments of ``moda::depth_mass`` fit together."""
-    _check_query(q, BATCHED)
-    (B, T, HQ, D), (H, _) = q.shape, depth_heads(q, k_depth, [])
-    L = k_depth[0].shape[-3] if is_packed(k_depth) else None
-    _check_slots("k_depth", "D", q, k_depth, H, D, BATCHED, L)
-    _check_heads(HQ, H, D, D, "k_depth", "q")
-    check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", mass_lse_dtype(q, lse), q.device)
-    _check_options(options)
-
-
-def is_packed(depth: Sequence[Tensor], axes: Axes = BATCHED) -> bool:
-    """Whether a list is the operators' form of one packed tensor, and not a list of slots."""
-    return len(depth) == 1 and depth[0].dim() == axes.rank + 3
-
-
-def _check_depth(
-    q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], H: int, DV: int, axes: Axes
-) -> None:
-    if not k_depth and not v_depth:
-        return
-    packed = is_packed(k_depth, axes)
-    if packed != is_packed(v_depth, axes):
-        k, v = (
-            f"one packed tensor of shape {_shape(depth[0])}"
-            if is_packed(depth, axes)
-            else f"a list of length {len(depth)}"
-            for depth in (k_depth, v_depth)
-        )
-        raise ValueError(
-            "k_depth and v_depth must both be lists of slots or both packed tensors, "
-            f"got {k} and {v}"
-        )
-    if len(k_depth) != len(v_depth):
-        raise ValueError(
-            "k_depth and v_depth must have the same number of slots, "
-            f"got {len(k_depth)} and {len(v_depth)}"
-        )
-    L = k_depth[0].shape[-3] if packed else None
-    _check_slots("k_depth", "D", q, k_depth, H, q.shape[-1], axes, L)
-    _check_slots("v_depth", "DV", q, v_depth, H, DV, axes, L)
-
-
-def _check_slots(
-    name: str,
-    width: str,
-    q: Tensor,
-    depth: list[Tensor],
-    H: int,
-    D: int,
-    axes: Axes,
-    L: int | None,
-) -> None:
-    """One of the two depths; ``L`` is the number of packed slots, None of a list."""
-    tokens = q.shape[: axes.rank]
-    if L is not None:
-        dims = f"({axes.queries}, L, H, {width})"
-        return _check_input(name, depth[0], (*tokens, L, H, D), dims, q)
-    shape, dims = (*tokens, H, D), f"({axes.queries}, H, {width})"
-    dtype, device = q.dtype, q.device
-    for i, x in enumerate(depth):  # there may be hundreds: the cheapest test first
-        fits = x.shape == shape and x.dtype is dtype and x.device == device
-        if not (fits and x.stride(-1) == 1):
-            _check_input(f"{name}[{i}]", x, shape, dims, q)
-
-
-def _check_query(q: Tensor, axes: Axes) -> None:
-    """Device, dtype and rank."""
-    device = q.device.type
-    if device not in DTYPES:
-        raise ValueError(f"q must be on a cpu, cuda or meta device, got {q.device}")
-    if q.dtype not in DTYPES[device]:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[device])
-        raise TypeError(f"q must have one of the dtypes {allowed} on {device}, got {q.dtype}")
-    _check_rank("q", q, f"({axes.queries}, HQ, D)")
-    _check_last_stride("q", q)
-
-
-def _check_rank(name: str, tensor: Tensor, dims: str) -> None:
-    if tensor.dim() != dims.count(",") + 1:
-        raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
-
-
-def _check_sequence(q: Tensor, k: Tensor, v: Tensor, axes: Axes = BATCHED) -> None:
-    _check_query(q, axes)
-    k_dims, v_dims = f"({axes.keys}, H, D)", f"({axes.keys}, H, DV)"
-    _check_rank("k", k, k_dims)
-    _check_rank("v", v, v_dims)
-    HQ, D = q.shape[-2:]
-    H, DV = k.shape[-2], v.shape[-1]
-    keys = *q.shape[: axes.rank - 1], k.shape[axes.rank - 1]
-    _check_input("k", k, (*keys, H, D), k_dims, q)
-    _check_input("v", v, (*keys, H, DV), v_dims, q)
-    _check_heads(HQ, H, D, DV, "k", "v")
-
-
-def _check_heads(HQ: int, H: int, D: int, DV: int, k: str, v: str) -> None:
-    """``k`` and ``v`` are the arguments' names."""
-    if H == 0 or HQ == 0 or HQ % H:
-        raise ValueError(
-            f"q's heads must be a positive multiple of {k}'s, got HQ = {HQ} and H = {H}; "
-            "heads are the second to last dimension"
-        )
-    for name, dim in (("q", D), (v, DV)):
-        if not 1 <= dim <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}'s head dim must be within 1..{MAX_HEAD_DIM}, got {dim}")
+    """Raise unless the forward's results, in these layouts, and their gradients fit the call."""
+    wide = lse_dtype(sizes.q)
+    for name, tensor, layout, dtype in (
+        ("dout", dout, layouts[0], None),
+        ("out", out, layouts[0], None),
+        ("dlse", dlse, layouts[1], wide),
+        ("lse", lse, layouts[1], wide),
+    ):
+        if tensor is not None:
+            shape, dims = sizes.shape(layout), _symbols(layout)[1]
+            check_like(name, tensor, shape, dims, dtype or sizes.q.dtype, sizes.q.device)
+    for name, tensor in (("out", out), ("lse", lse)):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, as the forward returned it, got strides "
+                f"{tuple(tensor.stride())}"
+            )
 
 
 def check_both(name: str, x: object, other: str, y: object) -> None:
@@ -251,8 +278,11 @@ def check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> N
     """Raise unless these can bound documents; their values stay on their device, unread."""
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu.dim() != 1 or cu.shape[0] == 0:
-            raise ValueError(f"{name} must have shape (documents + 1,), got {_shape(cu)}")
-        _check_indices(name, cu, cu.shape, "(documents + 1,)", q)
+            raise ValueError(f"{name} must have shape (documents + 1,), got {shape_of(cu)}")
+        if cu.dtype is not torch.int32:
+            raise TypeError(f"{name} must have dtype torch.int32, got {cu.dtype}; call .int()")
+        check_like(name, cu, cu.shape, "(documents + 1,)", torch.int32, q.device)
+        check_last_stride(name, cu)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_k must have the same length, documents + 1, got "
@@ -260,7 +290,7 @@ def check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> N
         )
 
 
-def _check_options(options: "Options") -> None:
+def check_options(options: "Options") -> None:
     if options.plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(map(repr, PLANS))}, got {options.plan!r}")
     if options.scale is not None:
@@ -288,35 +318,6 @@ def check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
-def check_backward(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    v: Tensor,
-    axes: Axes = BATCHED,
-) -> None:
-    """Raise unless the forward's results and their gradients fit q and v."""
-    *batch, T, HQ, _ = q.shape
-    rows, out_dims = (*batch, T, HQ, v.shape[-1]), f"({axes.queries}, HQ, DV)"
-    lse_dims = "(B, HQ, T)" if axes is BATCHED else f"(HQ, {axes.queries})"
-    for name, tensor, shape, dims, dtype in (
-        ("dout", dout, rows, out_dims, q.dtype),
-        ("out", out, rows, out_dims, q.dtype),
-        ("dlse", dlse, (*batch, HQ, T), lse_dims, lse_dtype(q)),
-        ("lse", lse, (*batch, HQ, T), lse_dims, lse_dtype(q)),
-    ):
-        if tensor is not None:
-            check_like(name, tensor, shape, dims, dtype, q.device)
-    for name, tensor in (("out", out), ("lse", lse)):
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, as the forward returned it, got strides "
-                f"{tuple(tensor.stride())}"
-            )
-
-
 EMPTY_STREAM = (
     "the depth stream is empty: write this layer's keys and values first (write returns the stream "
     "to go on with: stream = stream.write(k, v)), or give k and v"
@@ -330,11 +331,11 @@ def check_stream(buffer: Tensor, token: Tensor, places: Sequence[int] | None = N
         ("token", token, "(written, B, T, H, D + DV)"),
     ):
         if tensor.dim() != 5:
-            raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
+            raise ValueError(f"{name} must have shape {dims}, got {shape_of(tensor)}")
     if token.shape[1:] != buffer.shape[1:] or token.shape[0] > buffer.shape[0]:
         raise ValueError(
             "token must have shape (written, B, T, H, D + DV), buffer's with written <= slots, got "
-            f"{_shape(token)} for {_shape(buffer)}"
+            f"{shape_of(token)} for {shape_of(buffer)}"
         )
     if token.device != buffer.device:
         raise ValueError(f"token must be on buffer's device {buffer.device}, got {token.device}")
@@ -374,11 +375,11 @@ def check_stream_write(
         )
     for name, tensor, dims in (("k", k, "(B, T, H, D)"), ("v", v, "(B, T, H, DV)")):
         if tensor.dim() != 4:
-            raise ValueError(f"{name} must have shape {dims}, got {_shape(tensor)}")
+            raise ValueError(f"{name} must have shape {dims}, got {shape_of(tensor)}")
         if tensor.shape[:3] != (B, T, H):
             raise ValueError(
                 f"{name} must have shape {dims} with B = {B}, T = {T} and H = {H}, as the depth "
-                f"stream was allocated (batch, tokens, kv_heads), got {_shape(tensor)}"
+                f"stream was allocated (batch, tokens, kv_heads), got {shape_of(tensor)}"
             )
         shape = (B, T, H, tensor.shape[-1])
         check_like(name, tensor, shape, dims, buffer.dtype, buffer.device, "the depth stream")
@@ -400,8 +401,8 @@ def check_stream_attention(
     cu_seqlens_k: Tensor | None,
     places: Sequence[int] | None,
     options: "Options",
-) -> None:
-    """Raise unless the arguments of ``moda::stream_attention`` fit together."""
+) -> Sizes:
+    """The sizes of a call of ``moda::stream_attention``; raise if its arguments do not fit."""
     check_stream(buffer, token, places)
     _, B, T, H, E = buffer.shape
     check_both("k", k, "v", v)
@@ -418,7 +419,7 @@ def check_stream_attention(
     if k is None and token.shape[0] == 0:
         raise ValueError(EMPTY_STREAM)
     if q.dim() != 4:
-        raise ValueError(f"q must have shape (B, T, HQ, D), got {_shape(q)}")
+        raise ValueError(f"q must have shape (B, T, HQ, D), got {shape_of(q)}")
     if q.shape[-1] >= E:
         raise ValueError(
             f"q's head dim must be below the depth stream's D + DV = {E}, got {q.shape[-1]}"
@@ -429,7 +430,7 @@ def check_stream_attention(
     if q.shape[:2] != (B, T):
         raise ValueError(
             f"q must have shape (B, T, HQ, D) with B = {B} and T = {T}, as the depth stream was "
-            f"allocated (batch, tokens), got {_shape(q)}"
+            f"allocated (batch, tokens), got {shape_of(q)}"
         )
     check_like(
         "q",
@@ -440,13 +441,15 @@ def check_stream_attention(
         buffer.device,
         "the depth stream",
     )
-    _check_sequence(q, k, v)
+    sizes = Sizes(q, "B T HQ D")
+    sizes.bind_keys(k, v, "B S H D", "B S H DV")
     if k.shape[2] != H or v.shape[-1] != E - q.shape[-1]:
         raise ValueError(
             f"k and v must have the depth stream's H = {H} heads and D + DV = {E}, got "
             f"{k.shape[2]} heads, D = {k.shape[-1]} and DV = {v.shape[-1]}"
         )
-    _check_options(options)
+    check_options(options)
+    return sizes
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:
@@ -484,40 +487,36 @@ def check_decode(
     k_new: Tensor | None,
     v_new: Tensor | None,
     options: "Options",
-) -> None:
-    """Raise unless the arguments of ``moda::decode`` or ``moda::decode_`` fit together."""
-    first, second = ("B", "S_max") if block_table is None else ("pages", "page_size")
-    _check_query(q, DECODING)
-    _check_rank("k_cache", k_cache, f"({first}, {second}, H, D)")
-    _check_rank("v_cache", v_cache, f"({first}, {second}, H, DV)")
-    (B, N, HQ, D), (_, size, H, _), DV = q.shape, k_cache.shape, v_cache.shape[3]
-    rows = B if block_table is None else k_cache.shape[0]
-    _check_input("k_cache", k_cache, (rows, size, H, D), f"({first}, {second}, H, D)", q)
-    _check_input("v_cache", v_cache, (rows, size, H, DV), f"({first}, {second}, H, DV)", q)
-    _check_heads(HQ, H, D, DV, "k_cache", "v_cache")
-    _check_depth(q, k_depth, v_depth, H, DV, DECODING)
-    _check_indices("cache_seqlens", cache_seqlens, (B,), "(B,)", q)
-    capacity, names = size, "S_max"
-    if block_table is not None:
-        _check_rank("block_table", block_table, "(B, max_pages)")
-        columns = block_table.shape[1]
-        _check_indices("block_table", block_table, (B, columns), "(B, max_pages)", q)
-        if size == 0:
+) -> Sizes:
+    """The same of ``moda::decode`` or ``moda::decode_``."""
+    pages = "B S_max" if block_table is None else "pages page_size"
+    sizes = Sizes(q, "B N HQ D")
+    sizes.bind("k_cache", k_cache, f"{pages} H D")
+    sizes.bind("v_cache", v_cache, f"{pages} H DV")
+    sizes.check_heads("k_cache", "v_cache")
+    sizes.bind_depth(k_depth, v_depth, "B N")
+    sizes.bind_indices("cache_seqlens", cache_seqlens, "B")
+    if block_table is None:
+        capacity, names = sizes["S_max"], "S_max"
+    else:
+        sizes.bind_indices("block_table", block_table, "B max_pages")
+        if sizes["page_size"] == 0:
             raise ValueError("k_cache must have a page_size of at least 1, got 0")
-        capacity, names = size * columns, "page_size * max_pages"
+        capacity, names = sizes["page_size"] * sizes["max_pages"], "page_size * max_pages"
     if capacity > MAX_CAPACITY:
         raise ValueError(
             f"{names} must be at most {MAX_CAPACITY}: positions are int32, got {capacity}"
         )
     if k_new is not None and v_new is not None:
-        _check_input("k_new", k_new, (B, N, H, D), "(B, N, H, D)", q)
-        _check_input("v_new", v_new, (B, N, H, DV), "(B, N, H, DV)", q)
+        sizes.bind("k_new", k_new, "B N H D")
+        sizes.bind("v_new", v_new, "B N H DV")
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             if any(
                 stride == 0 and n > 1 for stride, n in zip(cache.stride(), cache.shape, strict=True)
             ):
                 raise ValueError(
                     f"{name} is written to and must not repeat its memory, got strides "
-                    f"{tuple(cache.stride())} for shape {_shape(cache)}"
+                    f"{tuple(cache.stride())} for shape {shape_of(cache)}"
                 )
-    _check_options(options)
+    check_options(options)
+    return sizes

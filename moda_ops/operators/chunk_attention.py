@@ -1,39 +1,77 @@
-"""Depth shared within chunks: the public function and ``torch.ops.moda.chunk_attention``.
-
-Its checks, and the shapes of its results, are those of ``moda::attention``.
-"""
+"""Depth shared within chunks: ``moda_chunk_attention`` and ``torch.ops.moda.chunk_attention``."""
 
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from moda_ops.operators import definition as ops
-from moda_ops.operators.attention import (
-    Depth,
+from moda_ops.operators.arguments import (
+    DepthArgument,
     Window,
     check_bool,
     check_int,
-    check_option,
     check_tensors,
+    score_options,
     slot_lists,
     window_sides,
 )
-from moda_ops.operators.checks import check_attention, check_backward, check_chunk_size, sum_dtype
-from moda_ops.operators.definition import LIBRARY, Options
+from moda_ops.operators.checks import Sizes, check_attention, check_chunk_size, sum_dtype
+from moda_ops.operators.definition import DEPTH, Attention, define_attention
+from moda_ops.operators.options import Options
 from moda_ops.operators.other_names import knows_other_names
+from moda_ops.operators.slot_tensors import SlotTensors
+from moda_ops.rules.flops import visible_pairs
+from moda_ops.rules.sharding import BY_BATCH_AND_HEAD
 
-OPTIONS = "*, SymInt chunk_size, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
-LIBRARY.define(
-    "chunk_attention(Tensor q, Tensor k, Tensor v, Tensor[] k_depth, Tensor[] v_depth, "
-    f"{OPTIONS}) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    "chunk_attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor[] k_depth, Tensor[] v_depth, Tensor out, Tensor lse, {OPTIONS}) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dk_depth, Tensor[] dv_depth)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+
+def _check(*arguments: Any) -> Sizes:
+    check_chunk_size(arguments[-1].chunk_size)
+    return check_attention(*arguments)
+
+
+def _resolved(q: Tensor, options: Options) -> tuple[Any, ...]:
+    scale, left, _, softcap, _ = options.resolved(q.shape[-1])
+    return options.chunk_size, scale, left, softcap
+
+
+def _forward(kernels: Any, q: Tensor, *inputs: Any) -> Any:
+    *tensors, options = inputs
+    return kernels.chunk_attention(q, *tensors, *_resolved(q, options))
+
+
+def _backward(kernels: Any, dout: Tensor, dlse: Tensor | None, q: Tensor, *saved: Any) -> Any:
+    *tensors, options = saved
+    return kernels.chunk_attention_backward(dout, dlse, q, *tensors, *_resolved(q, options))
+
+
+def _pairs(
+    q: Tensor,
+    k: Tensor,
+    k_depth: list[Tensor],
+    chunk_size: int,
+    window_left: int | None = None,
+    **_: Any,
+) -> int:
+    (B, T), S = q.shape[:2], k.shape[1]
+    whole, rest = divmod(T, chunk_size)
+    tokens = whole * visible_pairs(chunk_size, chunk_size, None, 0)
+    tokens += visible_pairs(rest, rest, None, 0)
+    return B * (visible_pairs(T, S, window_left, 0) + tokens * SlotTensors.of(k_depth).number)
+
+
+define_attention(
+    Attention(
+        "chunk_attention",
+        f"Tensor q, Tensor k, Tensor v, {DEPTH}",
+        trained=5,
+        check=_check,
+        forward=_forward,
+        backward=_backward,
+        pairs=_pairs,
+        sharding=BY_BATCH_AND_HEAD,
+        options="*, SymInt chunk_size, Scalar? scale=None, SymInt? window_left=None, "
+        "Scalar? softcap=None",
+    )
 )
 
 
@@ -42,8 +80,8 @@ def moda_chunk_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     chunk_size: int,
     *,
     scale: float | None = ...,
@@ -58,8 +96,8 @@ def moda_chunk_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     chunk_size: int,
     *,
     scale: float | None = ...,
@@ -74,8 +112,8 @@ def moda_chunk_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     chunk_size: int,
     *,
     scale: float | None = None,
@@ -137,91 +175,8 @@ def moda_chunk_attention(
     """
     check_tensors(q=q, k=k, v=v)
     check_int("chunk_size", chunk_size, 1)
-    check_option("scale", scale)
-    check_option("softcap", softcap)
     check_bool("return_lse", return_lse)
-    out, lse = torch.ops.moda.chunk_attention(
-        q,
-        k,
-        v,
-        *slot_lists(k_depth, v_depth),
-        chunk_size=chunk_size,
-        scale=scale,
-        window_left=window_sides(window)[0],
-        softcap=softcap,
-    )
+    options = score_options(scale, softcap) | dict(window_left=window_sides(window)[0])
+    depth = slot_lists(k_depth, v_depth)
+    out, lse = torch.ops.moda.chunk_attention(q, k, v, *depth, chunk_size=chunk_size, **options)
     return (out, lse.to(sum_dtype(q))) if return_lse else out
-
-
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    *,
-    chunk_size: int,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    opts = Options(**options)
-    check_attention(q, k, v, k_depth, v_depth, opts)
-    check_chunk_size(chunk_size)
-    scale, left, _, softcap, _ = opts.resolved(q.shape[-1])
-    return ops.implementation(q).chunk_attention(
-        q, k, v, k_depth, v_depth, chunk_size, scale, left, softcap
-    )
-
-
-def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    *,
-    chunk_size: int,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    check_chunk_size(chunk_size)
-    return ops.attention_fake(q, k, v, k_depth, v_depth, **options)
-
-
-def _attention_backward(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    out: Tensor,
-    lse: Tensor,
-    *,
-    chunk_size: int,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    opts = Options(**options)
-    check_attention(q, k, v, k_depth, v_depth, opts)
-    check_chunk_size(chunk_size)
-    check_backward(dout, dlse, out, lse, q, v)
-    dout = torch.zeros_like(out) if dout is None else dout
-    scale, left, _, softcap, _ = opts.resolved(q.shape[-1])
-    return ops.implementation(q).chunk_attention_backward(
-        dout, dlse, q, k, v, k_depth, v_depth, out, lse, chunk_size, scale, left, softcap
-    )
-
-
-def _attention_backward_fake(
-    *inputs: Any, chunk_size: int, **options: Any
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    check_chunk_size(chunk_size)
-    return ops.attention_backward_fake(*inputs, **options)
-
-
-ops.register(
-    "chunk_attention",
-    _attention,
-    _attention_fake,
-    _attention_backward,
-    _attention_backward_fake,
-)

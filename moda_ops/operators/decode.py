@@ -1,145 +1,155 @@
-"""Decoding against a cache: torch.ops.moda.decode, its form that appends, and the public function.
+"""Decoding against a cache: ``moda_decode``, ``torch.ops.moda.decode`` and ``decode_``.
 
 ``decode_`` also writes new keys and values into the caches, which its schema declares. Neither has
 a gradient: an input that requires one is an error unless gradients are off.
 """
 
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from moda_ops.operators.attention import (
-    Depth,
+from moda_ops.operators import definition
+from moda_ops.operators.arguments import (
+    DepthArgument,
     Window,
     check_bool,
-    check_option,
     check_tensors,
+    score_options,
     slot_lists,
     window_sides,
 )
-from moda_ops.operators.checks import DECODING, check_both, check_decode, overlap, sum_dtype
-from moda_ops.operators.definition import LIBRARY, Options, implementation
+from moda_ops.operators.checks import check_both, check_decode, overlap, sum_dtype
+from moda_ops.operators.definition import DEPTH
+from moda_ops.operators.options import Options
 from moda_ops.operators.other_names import knows_other_names
+from moda_ops.operators.slot_tensors import SlotTensors
+from moda_ops.rules.autocast import Autocast
 from moda_ops.rules.autograd import refuse_gradients
-
-OPTIONS = "*, Scalar? scale=None, SymInt? window_left=None, Scalar? softcap=None"
-LIBRARY.define(
-    "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] k_depth, Tensor[] v_depth, "
-    f"Tensor cache_seqlens, Tensor? block_table=None, {OPTIONS}) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    "decode_(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor[] k_depth, Tensor[] v_depth, "
-    "Tensor cache_seqlens, Tensor k_new, Tensor v_new, Tensor? block_table=None, "
-    f"{OPTIONS}) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from moda_ops.rules.flops import known_values, visible_pairs
+from moda_ops.rules.operator import Operator, define
+from moda_ops.rules.vmap import Arguments, Mapped, Vmap, fold, mapped_rows
 
 
 def _decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    cache_seqlens: Tensor,
-    block_table: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    caches, depth = (k_cache, v_cache), (k_depth, v_depth)
-    return _run(q, caches, depth, cache_seqlens, block_table, (None, None), options)
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k_depth: list[Tensor], v_depth: list[Tensor],
+    cache_seqlens: Tensor, block_table: Tensor | None = None, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    new = None, None
+    return _run(q, k_cache, v_cache, k_depth, v_depth, cache_seqlens, block_table, *new, **options)
 
 
-def _decode_append(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    cache_seqlens: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    block_table: Tensor | None = None,
+def _append(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k_depth: list[Tensor], v_depth: list[Tensor],
+    cache_seqlens: Tensor, k_new: Tensor, v_new: Tensor, block_table: Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if overlap(k_cache, v_cache):
         raise ValueError("k_cache and v_cache are both written to and must not share memory")
-    caches, depth = (k_cache, v_cache), (k_depth, v_depth)
-    results = _run(q, caches, depth, cache_seqlens, block_table, (k_new, v_new), options)
-    for cache in caches:
+    new = k_new, v_new
+    results = _run(
+        q, k_cache, v_cache, k_depth, v_depth, cache_seqlens, block_table, *new, **options
+    )
+    for cache in (k_cache, v_cache):
         if not cache.is_inference():
             torch.autograd.graph.increment_version(cache)
     return results
 
 
-def _run(
-    q: Tensor,
-    caches: tuple[Tensor, Tensor],
-    depth: tuple[list[Tensor], list[Tensor]],
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    new: tuple[Tensor | None, Tensor | None],
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    opts = Options(**options)
-    check_decode(q, *caches, *depth, cache_seqlens, block_table, *new, opts)
-    scale, left, _, softcap, _ = opts.resolved(q.shape[-1])
-    return implementation(q).decode(
-        q, *caches, *depth, cache_seqlens, block_table, *new, scale, left, softcap
-    )
+def _run(q: Tensor, *arguments: Any, **given: Any) -> tuple[Tensor, Tensor]:
+    """``arguments`` with block_table, k_new and v_new at the end, each of which may be None."""
+    options = Options(**given)
+    check_decode(*(q, *arguments, options))
+    scale, left, _, softcap, _ = options.resolved(q.shape[-1])
+    out, lse = definition.implementation(q).decode(q, *arguments, scale, left, softcap)
+    return out, lse
 
 
-def _decode_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    cache_seqlens: Tensor,
-    block_table: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    caches, depth = (k_cache, v_cache), (k_depth, v_depth)
-    check_decode(q, *caches, *depth, cache_seqlens, block_table, None, None, Options(**options))
-    return _results(q, v_cache)
+def _decode_fake(q: Tensor, *arguments: Any, **given: Any) -> tuple[Tensor, Tensor]:
+    *required, block_table = [*arguments, None][:6]
+    return _results(q, *required, block_table, None, None, given=given)
 
 
-def _decode_append_fake(
+def _append_fake(q: Tensor, *arguments: Any, **given: Any) -> tuple[Tensor, Tensor]:
+    *required, k_new, v_new, block_table = [*arguments, None][:8]
+    return _results(q, *required, block_table, k_new, v_new, given=given)
+
+
+def _results(q: Tensor, *arguments: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    sizes = check_decode(*(q, *arguments, Options(**given)))
+    out, lse = sizes.shape("B N HQ DV"), sizes.shape("B HQ N")
+    return q.new_empty(out), q.new_empty(lse, dtype=sum_dtype(q))
+
+
+def _pairs(
     q: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
     k_depth: list[Tensor],
-    v_depth: list[Tensor],
     cache_seqlens: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
+    k_new: Tensor | None = None,
     block_table: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    caches, depth = (k_cache, v_cache), (k_depth, v_depth)
-    check_decode(q, *caches, *depth, cache_seqlens, block_table, k_new, v_new, Options(**options))
-    return _results(q, v_cache)
+    window_left: int | None = None,
+    **_: Any,
+) -> int:
+    B, N = q.shape[:2]
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    new = 0 if k_new is None else N
+    known = known_values(cache_seqlens)
+    lengths = [capacity] * B if known is None else [n + new for n in known]
+    sequence = sum(visible_pairs(N, min(n, capacity), window_left, 0, n - N) for n in lengths)
+    return sequence + B * N * SlotTensors.of(k_depth).number
 
 
-def _results(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
-    B, N, HQ, _ = q.shape
-    return q.new_empty(B, N, HQ, v_cache.shape[-1]), q.new_empty(B, HQ, N, dtype=sum_dtype(q))
+def _fold_pages(arguments: Arguments, size: int) -> dict[str, Any]:
+    """Pages that are not mapped serve all; of mapped ones, the tables count through all."""
+    caches = {name: arguments[name] for name in ("k_cache", "v_cache")}
+    table = arguments.get("block_table", Mapped(None, None))
+    if table.value is None:
+        return {}
+    if all(cache.dim is None for cache in caches.values()):
+        return {name: cache.value for name, cache in caches.items()}
+    folded = {name: fold(cache, size, 0) for name, cache in caches.items()}
+    pages = folded["k_cache"].shape[0] // size
+    first = torch.arange(size, device=table.value.device, dtype=torch.int32) * pages
+    ids = mapped_rows(table, size)
+    ids = (ids + first[:, None, None]).where((ids >= 0) & (ids < pages), -1)
+    return folded | {"block_table": ids.flatten(0, 1)}
 
 
-for _name, _kernel, _fake in (
-    ("decode", _decode, _decode_fake),
-    ("decode_", _decode_append, _decode_append_fake),
-):
-    for _device in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _kernel, _device)
-    torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
-    refuse_gradients(
-        LIBRARY,
-        _name,
-        "moda_decode has no gradient, but {} requires one; call it under torch.no_grad() or "
-        "torch.inference_mode(), or train with moda_attention",
+_CACHES = "Tensor q, Tensor{} k_cache, Tensor{} v_cache"
+_OPTIONS = (
+    "Tensor? block_table=None, *, Scalar? scale=None, SymInt? window_left=None, "
+    "Scalar? softcap=None) -> (Tensor out, Tensor lse)"
+)
+_NO_GRADIENT = partial(
+    refuse_gradients,
+    message="moda_decode has no gradient, but {} requires one; call it under torch.no_grad() or "
+    "torch.inference_mode(), or train with moda_attention",
+)
+define(
+    Operator(
+        f"decode({_CACHES.format('', '')}, {DEPTH}, Tensor cache_seqlens, {_OPTIONS}",
+        _decode,
+        _decode_fake,
+        _NO_GRADIENT,
+        Autocast(memory=("k_cache", "v_cache")),
+        Vmap(special=_fold_pages),
+        _pairs,
     )
+)
+define(
+    Operator(
+        f"decode_({_CACHES.format('(a!)', '(b!)')}, {DEPTH}, Tensor cache_seqlens, "
+        f"Tensor k_new, Tensor v_new, {_OPTIONS}",
+        _append,
+        _append_fake,
+        _NO_GRADIENT,
+        Autocast(memory=("k_cache", "v_cache")),
+        "it writes to its caches; append to them first and map moda_decode without k_new",
+        _pairs,
+    )
+)
 
 
 @overload
@@ -147,8 +157,8 @@ def moda_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     cache_seqlens: Tensor,
     *,
     k_new: Tensor | None = ...,
@@ -166,8 +176,8 @@ def moda_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     cache_seqlens: Tensor,
     *,
     k_new: Tensor | None = ...,
@@ -185,8 +195,8 @@ def moda_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     cache_seqlens: Tensor,
     *,
     k_new: Tensor | None = None,
@@ -280,12 +290,9 @@ def moda_decode(
     check_both("k_new", k_new, "v_new", v_new)
     if block_table is not None:
         check_tensors(block_table=block_table)
-    check_option("scale", scale)
-    check_option("softcap", softcap)
     check_bool("return_lse", return_lse)
-    arguments = q, k_cache, v_cache, *slot_lists(k_depth, v_depth, DECODING), cache_seqlens
-    left, _ = window_sides(window)
-    options = dict(scale=scale, window_left=left, softcap=softcap)
+    options = score_options(scale, softcap) | dict(window_left=window_sides(window)[0])
+    arguments = q, k_cache, v_cache, *slot_lists(k_depth, v_depth, "B, N"), cache_seqlens
     if k_new is None or v_new is None:
         out, lse = torch.ops.moda.decode(*arguments, block_table, **options)
     else:

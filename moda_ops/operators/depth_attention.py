@@ -1,4 +1,4 @@
-"""Attention over depth alone: the public function and ``torch.ops.moda.depth_attention``.
+"""Attention over depth alone: ``moda_depth_attention`` and ``torch.ops.moda.depth_attention``.
 
 It is ``moda::attention`` over a sequence without keys, under a name and with gradients of its own.
 """
@@ -8,42 +8,71 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from moda_ops.operators import definition as ops
-from moda_ops.operators.attention import (
-    Depth,
+from moda_ops.operators.arguments import (
+    DepthArgument,
     check_bool,
-    check_option,
     check_tensors,
+    score_options,
     slot_lists,
 )
-from moda_ops.operators.checks import (
-    check_backward,
-    check_depth_attention,
-    depth_heads,
-    lse_dtype,
-    sum_dtype,
-)
-from moda_ops.operators.definition import LIBRARY, Options
+from moda_ops.operators.checks import check_depth_attention, sum_dtype
+from moda_ops.operators.definition import DEPTH, Attention, define_attention
+from moda_ops.operators.options import Options
 from moda_ops.operators.other_names import knows_other_names
+from moda_ops.operators.slot_tensors import SlotTensors
+from moda_ops.rules.sharding import BY_TOKEN_TOO
 
-LIBRARY.define(
-    "depth_attention(Tensor q, Tensor[] k_depth, Tensor[] v_depth, "
-    "*, Scalar? scale=None, Scalar? softcap=None) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    "depth_attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor[] k_depth, "
-    "Tensor[] v_depth, Tensor out, Tensor lse, *, Scalar? scale=None, Scalar? softcap=None) "
-    "-> (Tensor dq, Tensor[] dk_depth, Tensor[] dv_depth)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+
+def _no_sequence(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """k (B, 0, H, D) and v (B, 0, H, DV)."""
+    B, _, HQ, D = q.shape
+    H = k_depth[0].shape[-2] if k_depth else HQ
+    return q.new_empty(B, 0, H, D), q.new_empty(B, 0, H, v_depth[0].shape[-1] if v_depth else D)
+
+
+def _forward(
+    kernels: Any, q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], options: Options
+) -> Any:
+    k, v = _no_sequence(q, k_depth, v_depth)
+    return kernels.attention(q, k, v, k_depth, v_depth, *options.resolved(q.shape[-1]))
+
+
+def _backward(
+    kernels: Any, dout: Tensor, dlse: Tensor | None, q: Tensor, k_depth: list[Tensor],
+    v_depth: list[Tensor], out: Tensor, lse: Tensor, options: Options,
+) -> Any:  # fmt: skip
+    k, v = _no_sequence(q, k_depth, v_depth)
+    dq, _, _, dk_depth, dv_depth = kernels.attention_backward(
+        dout, dlse, q, k, v, k_depth, v_depth, out, lse, *options.resolved(q.shape[-1])
+    )
+    return dq, dk_depth, dv_depth
+
+
+def _pairs(q: Tensor, k_depth: list[Tensor], **_: Any) -> int:
+    B, T = q.shape[:2]
+    return B * T * SlotTensors.of(k_depth).number
+
+
+define_attention(
+    Attention(
+        "depth_attention",
+        f"Tensor q, {DEPTH}",
+        trained=3,
+        check=check_depth_attention,
+        forward=_forward,
+        backward=_backward,
+        pairs=_pairs,
+        sharding=BY_TOKEN_TOO,
+        options="*, Scalar? scale=None, Scalar? softcap=None",
+    )
 )
 
 
 @overload
 def moda_depth_attention(
     q: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     *,
     scale: float | None = ...,
     softcap: float | None = ...,
@@ -54,8 +83,8 @@ def moda_depth_attention(
 @overload
 def moda_depth_attention(
     q: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     *,
     scale: float | None = ...,
     softcap: float | None = ...,
@@ -66,8 +95,8 @@ def moda_depth_attention(
 @knows_other_names
 def moda_depth_attention(
     q: Tensor,
-    k_depth: Depth | None,
-    v_depth: Depth | None,
+    k_depth: DepthArgument | None,
+    v_depth: DepthArgument | None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -120,83 +149,7 @@ def moda_depth_attention(
         torch.Size([2, 16, 4, 32])
     """
     check_tensors(q=q)
-    check_option("scale", scale)
-    check_option("softcap", softcap)
     check_bool("return_lse", return_lse)
-    out, lse = torch.ops.moda.depth_attention(
-        q,
-        *slot_lists(k_depth, v_depth),
-        scale=scale,
-        softcap=softcap,
-    )
+    options = score_options(scale, softcap)
+    out, lse = torch.ops.moda.depth_attention(q, *slot_lists(k_depth, v_depth), **options)
     return (out, lse.to(sum_dtype(q))) if return_lse else out
-
-
-def _no_sequence(q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """k (B, 0, H, D) and v (B, 0, H, DV)."""
-    (B, _, _, D), (H, DV) = q.shape, depth_heads(q, k_depth, v_depth)
-    return q.new_empty(B, 0, H, D), q.new_empty(B, 0, H, DV)
-
-
-def _attention(
-    q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], **options: Any
-) -> tuple[Tensor, Tensor]:
-    opts = Options(**options)
-    check_depth_attention(q, k_depth, v_depth, opts)
-    k, v = _no_sequence(q, k_depth, v_depth)
-    return ops.implementation(q).attention(q, k, v, k_depth, v_depth, *opts.resolved(q.shape[-1]))
-
-
-def _attention_fake(
-    q: Tensor, k_depth: list[Tensor], v_depth: list[Tensor], **options: Any
-) -> tuple[Tensor, Tensor]:
-    check_depth_attention(q, k_depth, v_depth, Options(**options))
-    B, T, HQ, _ = q.shape
-    DV = depth_heads(q, k_depth, v_depth)[1]
-    return q.new_empty(B, T, HQ, DV), q.new_empty(B, HQ, T, dtype=lse_dtype(q))
-
-
-def _attention_backward(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    out: Tensor,
-    lse: Tensor,
-    **options: Any,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    opts = Options(**options)
-    check_depth_attention(q, k_depth, v_depth, opts)
-    k, v = _no_sequence(q, k_depth, v_depth)
-    check_backward(dout, dlse, out, lse, q, v)
-    dout = torch.zeros_like(out) if dout is None else dout
-    dq, _, _, dk_depth, dv_depth = ops.implementation(q).attention_backward(
-        dout, dlse, q, k, v, k_depth, v_depth, out, lse, *opts.resolved(q.shape[-1])
-    )
-    return dq, dk_depth, dv_depth
-
-
-def _attention_backward_fake(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k_depth: list[Tensor],
-    v_depth: list[Tensor],
-    out: Tensor,
-    lse: Tensor,
-    **options: Any,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    check_depth_attention(q, k_depth, v_depth, Options(**options))
-    v = _no_sequence(q, k_depth, v_depth)[1]
-    check_backward(dout, dlse, out, lse, q, v)
-    return q.new_empty(q.shape), ops.empty_like(k_depth), ops.empty_like(v_depth)
-
-
-ops.register(
-    "depth_attention",
-    _attention,
-    _attention_fake,
-    _attention_backward,
-    _attention_backward_fake,
-)

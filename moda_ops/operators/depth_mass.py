@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_ops.operators import definition as ops
-from moda_ops.operators import eager
-from moda_ops.operators.attention import (
-    Depth,
+from moda_ops.operators import definition, eager
+from moda_ops.operators.arguments import (
+    DepthArgument,
     Window,
-    autocast_enabled,
     check_bool,
     check_int,
     check_option,
@@ -25,25 +23,22 @@ from moda_ops.operators.checks import (
     check_cu_seqlens,
     check_depth_mass,
     check_like,
-    is_packed,
     mass_lse_dtype,
     sum_dtype,
 )
-from moda_ops.operators.definition import LIBRARY, Options
+from moda_ops.operators.options import Options
 from moda_ops.operators.other_names import knows_other_names
+from moda_ops.rules import autocast
+from moda_ops.rules.autocast import Autocast
 from moda_ops.rules.autograd import without_gradient
-
-LIBRARY.define(
-    "depth_mass(Tensor q, Tensor[] k_depth, Tensor lse, "
-    "*, Scalar? scale=None, Scalar? softcap=None) -> Tensor mass",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from moda_ops.rules.operator import Operator, define
+from moda_ops.rules.vmap import Vmap
 
 
 @knows_other_names
 def moda_depth_mass(
     q: Tensor,
-    k_depth: Depth | None,
+    k_depth: DepthArgument | None,
     lse: Tensor,
     *,
     scale: float | None = None,
@@ -163,7 +158,7 @@ def moda_sink_mass(
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape {dims}, got {tuple(x.shape)}")
     (B, T, HQ, D), (_, S, H, _) = q.shape, k.shape
-    dtype = k.dtype if autocast_enabled(q.device) else q.dtype  # autocast casts both
+    dtype = k.dtype if autocast.enabled(q.device) else q.dtype  # autocast casts both
     check_like("k", k, (B, S, H, D), "(B, S, H, D)", dtype, q.device)
     check_like("lse", lse, (B, HQ, T), "(B, HQ, T)", mass_lse_dtype(q, lse), q.device)
     left = None if left is None else min(left, T + S)  # larger sides could wrap in 64 bits
@@ -217,21 +212,27 @@ def _documents(
     return first, cu_k[document + 1] - first, after
 
 
-def _mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tensor:
-    opts = Options(**options)
-    check_depth_mass(q, k_depth, lse, opts)
-    scale, _, _, softcap, _ = opts.resolved(q.shape[-1])
-    mass: Tensor = ops.implementation(q).depth_mass(q, k_depth, lse, scale, softcap)
+def _mass(q: Tensor, k_depth: list[Tensor], lse: Tensor, **given: Any) -> Tensor:
+    options = Options(**given)
+    check_depth_mass(q, k_depth, lse, options)
+    scale, _, _, softcap, _ = options.resolved(q.shape[-1])
+    mass: Tensor = definition.implementation(q).depth_mass(q, k_depth, lse, scale, softcap)
     return mass
 
 
-def _mass_fake(q: Tensor, k_depth: list[Tensor], lse: Tensor, **options: Any) -> Tensor:
-    check_depth_mass(q, k_depth, lse, Options(**options))
-    slots = k_depth[0].shape[2] if is_packed(k_depth) else len(k_depth)
-    return q.new_empty(q.shape[0], q.shape[2], slots, dtype=sum_dtype(q))
+def _mass_fake(q: Tensor, k_depth: list[Tensor], lse: Tensor, **given: Any) -> Tensor:
+    sizes = check_depth_mass(q, k_depth, lse, Options(**given))
+    return q.new_empty(sizes.shape("B HQ L"), dtype=sum_dtype(q))
 
 
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("depth_mass", _mass, _device)
-torch.library.register_fake("moda::depth_mass", _mass_fake, lib=LIBRARY)
-without_gradient(LIBRARY, "depth_mass")
+define(
+    Operator(
+        "depth_mass(Tensor q, Tensor[] k_depth, Tensor lse, *, Scalar? scale=None, "
+        "Scalar? softcap=None) -> Tensor mass",
+        _mass,
+        _mass_fake,
+        without_gradient,
+        Autocast(as_given=("lse",)),
+        Vmap(),
+    )
+)

@@ -18,7 +18,7 @@ from typing import overload
 
 from torch import Tensor
 
-from moda_ops.operators.attention import check_int, check_tensors
+from moda_ops.operators.arguments import check_int, check_tensors
 from moda_ops.operators.checks import check_both
 
 

@@ -15,28 +15,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ops.operators.definition import LIBRARY
 
-
-class Rule(NamedTuple):
-    """Arguments that are not cast."""
+class Autocast(NamedTuple):
+    """Arguments that are not cast; all others are."""
 
     memory: tuple[str, ...] = ()
     """The first of these has the dtype for the others, in place of autocast's."""
     as_given: tuple[str, ...] = ()
 
 
-RULES = {
-    "attention": Rule(),
-    "attention_varlen": Rule(),
-    "chunk_attention": Rule(),
-    "depth_attention": Rule(),
-    "depth_mass": Rule(as_given=("lse",)),
-    "decode": Rule(memory=("k_cache", "v_cache")),
-    "decode_": Rule(memory=("k_cache", "v_cache")),
-    "stream_write": Rule(memory=("buffer", "token")),
-    "stream_attention": Rule(memory=("buffer", "token")),
-}
+def enabled(device: torch.device) -> bool:
+    """Whether autocast casts tensors there; PyTorch raises on meta, where it has no autocast."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a layer computes in: autocast's where that applies, else its input's."""
+    if dtype is not torch.float64 and enabled(device):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 def _cast(x: Any, device: str, dtype: torch.dtype) -> Any:
@@ -47,7 +44,13 @@ def _cast(x: Any, device: str, dtype: torch.dtype) -> Any:
     return x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x
 
 
-def _register(name: str, rule: Rule, device: str) -> None:
+def register(library: torch.library.Library, name: str, rule: Autocast) -> None:
+    """Let autocast, on either device, cast the arguments of ``moda::name``."""
+    for device in ("cpu", "cuda"):
+        _register(library, name, rule, device)
+
+
+def _register(library: torch.library.Library, name: str, rule: Autocast, device: str) -> None:
     op = getattr(torch.ops.moda, name).default
     names = [argument.name for argument in op._schema.arguments]
     memory = names.index(rule.memory[0]) if rule.memory else None
@@ -63,9 +66,4 @@ def _register(name: str, rule: Rule, device: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(below):
             return op(*arguments, **options)
 
-    LIBRARY.impl(name, autocast, key)
-
-
-for _name, _rule in RULES.items():
-    for _device in ("cpu", "cuda"):
-        _register(_name, _rule, _device)
+    library.impl(name, autocast, key)

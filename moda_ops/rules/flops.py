@@ -10,8 +10,8 @@ PyTorch's formulas for scaled_dot_product_attention do the same for pairs, excep
 those that a causal mask hides. Lengths that are on the device, of packed documents and of caches,
 are read from there, which waits for it; of fake tensors they are taken to be as large as can be.
 
-The formulas are registered when ``torch.utils.flop_counter`` is imported, and not before: it
-imports Triton where there is one.
+An operator's description has its pairs. The formulas are registered when
+``torch.utils.flop_counter`` is imported, and not before: it imports Triton where there is one.
 """
 
 import sys
@@ -26,7 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_ops.operators.checks import slots_left
+Pairs = Callable[..., int]
+"""Takes an operator's arguments by name, and returns the pairs of one query head."""
+FLOP_COUNTER = "torch.utils.flop_counter"
+_PAIRS: dict[str, Pairs] = {}
 
 
 def visible_pairs(
@@ -55,12 +58,7 @@ def visible_pairs(
     return shown if left is None else shown - before(first - left)
 
 
-def _slots(depth: list[Tensor], packed_rank: int = 5) -> int:
-    packed = len(depth) == 1 and depth[0].dim() == packed_rank
-    return depth[0].shape[-3] if packed else len(depth)
-
-
-def _values(x: Tensor) -> list[int] | None:
+def known_values(x: Tensor) -> list[int] | None:
     """What is in a tensor, if there is anything."""
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
@@ -69,9 +67,9 @@ def _values(x: Tensor) -> list[int] | None:
     return None if unknown else x.tolist()
 
 
-def _documents(cu_seqlens: Sequence[Tensor], T: int, S: int) -> Iterator[tuple[int, int]]:
+def known_documents(cu_seqlens: Sequence[Tensor], T: int, S: int) -> Iterator[tuple[int, int]]:
     """Queries and keys of each packed document; one has all if they are not known."""
-    starts, key_starts = map(_values, cu_seqlens)
+    starts, key_starts = map(known_values, cu_seqlens)
     if starts is None or key_starts is None:
         yield T, S
     else:
@@ -79,114 +77,8 @@ def _documents(cu_seqlens: Sequence[Tensor], T: int, S: int) -> Iterator[tuple[i
             yield q1 - q0, k1 - k0
 
 
-def _attention_pairs(
-    q: Tensor,
-    k: Tensor,
-    k_depth: list[Tensor],
-    causal: bool = True,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    **_: Any,
-) -> int:
-    (B, T), S = q.shape[:2], k.shape[1]
-    right = 0 if causal else window_right
-    return B * (visible_pairs(T, S, window_left, right) + T * _slots(k_depth))
-
-
-def _varlen_pairs(
-    q: Tensor,
-    k: Tensor,
-    k_depth: list[Tensor],
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    causal: bool = True,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    **_: Any,
-) -> int:
-    T, S, right = q.shape[0], k.shape[0], 0 if causal else window_right
-    documents = _documents((cu_seqlens_q, cu_seqlens_k), T, S)
-    sequence = sum(visible_pairs(t, s, window_left, right) for t, s in documents)
-    return sequence + T * _slots(k_depth, 4)
-
-
-def _depth_pairs(q: Tensor, k_depth: list[Tensor], **_: Any) -> int:
-    B, T = q.shape[:2]
-    return B * T * _slots(k_depth)
-
-
-def _chunk_pairs(
-    q: Tensor,
-    k: Tensor,
-    k_depth: list[Tensor],
-    chunk_size: int,
-    window_left: int | None = None,
-    **_: Any,
-) -> int:
-    (B, T), S = q.shape[:2], k.shape[1]
-    whole, rest = divmod(T, chunk_size)
-    tokens = whole * visible_pairs(chunk_size, chunk_size, None, 0)
-    tokens += visible_pairs(rest, rest, None, 0)
-    return B * (visible_pairs(T, S, window_left, 0) + tokens * _slots(k_depth))
-
-
-def _decode_pairs(
-    q: Tensor,
-    k_cache: Tensor,
-    k_depth: list[Tensor],
-    cache_seqlens: Tensor,
-    k_new: Tensor | None = None,
-    block_table: Tensor | None = None,
-    window_left: int | None = None,
-    **_: Any,
-) -> int:
-    B, N = q.shape[:2]
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    new = 0 if k_new is None else N
-    known = _values(cache_seqlens)
-    lengths = [capacity] * B if known is None else [n + new for n in known]
-    sequence = sum(visible_pairs(N, min(n, capacity), window_left, 0, n - N) for n in lengths)
-    return sequence + B * N * _slots(k_depth)
-
-
-def _stream_pairs(
-    q: Tensor,
-    buffer: Tensor,
-    k: Tensor | None = None,
-    token: Tensor | None = None,
-    slots: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    places: Sequence[int] | None = None,
-    causal: bool = True,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    **_: Any,
-) -> int:
-    (B, T), right = q.shape[:2], 0 if causal else window_right
-    written: Any = slots if token is None else token.shape[0]  # backward has the number itself
-    left = slots_left(written, places)
-    depth, S = (left - 1, T) if k is None else (left, k.shape[1])
-    documents: Iterator[tuple[int, int]] = iter([(T, S)] * B)
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        documents = _documents((cu_seqlens_q, cu_seqlens_k), T, S)
-    return sum(visible_pairs(t, s, window_left, right) for t, s in documents) + B * T * depth
-
-
-PAIRS: dict[str, tuple[Callable[..., int], bool]] = {
-    "attention": (_attention_pairs, True),
-    "attention_varlen": (_varlen_pairs, True),
-    "chunk_attention": (_chunk_pairs, True),
-    "depth_attention": (_depth_pairs, True),
-    "stream_attention": (_stream_pairs, True),
-    "decode": (_decode_pairs, False),
-    "decode_": (_decode_pairs, False),
-}
-"""The pairs of one query head, by operator, and whether it has a backward."""
-
-
 def _forward_flops(
-    names: Sequence[str], pairs: Callable[..., int], *arguments: Any, out_val: Any, **options: Any
+    names: Sequence[str], pairs: Pairs, *arguments: Any, out_val: Any, **options: Any
 ) -> int:
     given = dict(zip(names, arguments, strict=False)) | options
     HQ, D = given["q"].shape[-2:]
@@ -194,22 +86,25 @@ def _forward_flops(
 
 
 def _backward_flops(
-    names: Sequence[str], pairs: Callable[..., int], *arguments: Any, out_val: Any, **options: Any
+    names: Sequence[str], pairs: Pairs, *arguments: Any, out_val: Any, **options: Any
 ) -> int:
     given = dict(zip(names, arguments, strict=False)) | options
     HQ, D = given["q"].shape[-2:]
     return 2 * HQ * pairs(**given) * (3 * D + 2 * given["out"].shape[-1])
 
 
-def _register(flop_counter: ModuleType) -> None:
-    for name, (pairs, has_backward) in PAIRS.items():
-        for op, formula in ((name, _forward_flops), (f"{name}_backward", _backward_flops)):
-            if op == name or has_backward:
-                target = getattr(torch.ops.moda, op)
-                names = [argument.name for argument in target.default._schema.arguments]
-                flop_counter.register_flop_formula(target, get_raw=True)(
-                    partial(formula, names, pairs)
-                )
+def register(name: str, pairs: Pairs) -> None:
+    """Give ``moda::name`` its FLOPs, now or when ``torch.utils.flop_counter`` is imported."""
+    _PAIRS[name] = pairs
+    if FLOP_COUNTER in sys.modules:
+        _register_formula(sys.modules[FLOP_COUNTER], name)
+
+
+def _register_formula(flop_counter: ModuleType, name: str) -> None:
+    target = getattr(torch.ops.moda, name)
+    formula = _backward_flops if name.endswith("_backward") else _forward_flops
+    names = [argument.name for argument in target.default._schema.arguments]
+    flop_counter.register_flop_formula(target, get_raw=True)(partial(formula, names, _PAIRS[name]))
 
 
 class _Registration(MetaPathFinder):
@@ -224,13 +119,11 @@ class _Registration(MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                _register(module)
+                for operator in _PAIRS:
+                    _register_formula(module, operator)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
-FLOP_COUNTER = "torch.utils.flop_counter"
-if FLOP_COUNTER in sys.modules:
-    _register(sys.modules[FLOP_COUNTER])
 sys.meta_path.insert(0, _Registration())

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ops.operators.definition import LIBRARY
 from moda_ops.rules.autograd import flatten
 
 
@@ -28,20 +27,20 @@ class Mapped(NamedTuple):
 Arguments = dict[str, Mapped]
 
 
-def _rows(x: Mapped, size: int, axis: int = 0) -> Tensor:
+def mapped_rows(x: Mapped, size: int, axis: int = 0) -> Tensor:
     """The mapped dimension, or ``size`` copies, before ``axis``."""
     if x.dim is not None:
         return x.value.movedim(x.dim, axis)
     return x.value.unsqueeze(axis).expand(*x.value.shape[:axis], size, *x.value.shape[axis:])
 
 
-def _fold(x: Mapped, size: int, axis: int) -> Any:
+def fold(x: Mapped, size: int, axis: int) -> Any:
     """The mapped dimension as part of ``axis``, and stride 1 in the last dimension."""
     if isinstance(x.value, list):
-        return [_fold(Mapped(*pair), size, axis) for pair in zip(*x, strict=True)]
+        return [fold(Mapped(*pair), size, axis) for pair in zip(*x, strict=True)]
     if x.value is None:
         return None
-    folded = _rows(x, size, axis).flatten(axis, axis + 1)
+    folded = mapped_rows(x, size, axis).flatten(axis, axis + 1)
     return folded if folded.stride(-1) == 1 else folded.contiguous()
 
 
@@ -63,52 +62,28 @@ def _one_row(x: Mapped) -> Mapped:
     return Mapped(torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]), 0)
 
 
-def _documents(arguments: Arguments, size: int) -> dict[str, Any]:
-    """Where the documents of all packed sequences begin, once these stand one after the other.
+class Vmap(NamedTuple):
+    """How a mapped dimension becomes part of the batch.
 
-    A sequence's tokens before its first document become two documents of their own, one of queries
-    alone and one of keys alone, which see nothing of each other, nor of another sequence. So do
-    those after its last document.
+    Attributes:
+        axes: of an argument or a result, the axis that it becomes part of; 0 unless named.
+        special: folds the arguments that need more than that; called with all and the size.
     """
-    totals = {}
-    for side, tokens in (("q", arguments["q"]), ("k", arguments["k"])):
-        shape = list(tokens.value.shape)
-        if tokens.dim is not None:
-            shape.pop(tokens.dim)
-        totals[side] = shape[0]
-    starts = {side: _rows(arguments[f"cu_seqlens_{side}"], size) for side in totals}
-    zero = starts["k"].new_zeros(size, 1)
-    first = {"q": starts["q"][:, :1], "k": zero}  # queries alone, then keys alone
-    last = {"q": zero + totals["q"], "k": starts["k"][:, -1:]}  # the same
-    folded = {}
-    for side, total in totals.items():
-        offset = torch.arange(size, device=starts[side].device, dtype=torch.int32) * total
-        begins = torch.cat([zero, first[side], starts[side], last[side]], 1) + offset[:, None]
-        end = begins.new_full((1,), size * total)
-        folded[f"cu_seqlens_{side}"] = torch.cat([begins.flatten(), end])
-    return folded
+
+    axes: dict[str, int] = {}  # noqa: RUF012  # nobody writes to it
+    special: Callable[[Arguments, int], dict[str, Any]] | None = None
 
 
-def _pages(arguments: Arguments, size: int) -> dict[str, Any]:
-    """Pages that are not mapped serve all; of mapped ones, the tables count through all."""
-    caches = {name: arguments[name] for name in ("k_cache", "v_cache")}
-    table = arguments.get("block_table", Mapped(None, None))
-    if table.value is None:
-        return {}
-    if all(cache.dim is None for cache in caches.values()):
-        return {name: cache.value for name, cache in caches.items()}
-    folded = {name: _fold(cache, size, 0) for name, cache in caches.items()}
-    pages = folded["k_cache"].shape[0] // size
-    first = torch.arange(size, device=table.value.device, dtype=torch.int32) * pages
-    ids = _rows(table, size)
-    ids = (ids + first[:, None, None]).where((ids >= 0) & (ids < pages), -1)
-    return folded | {"block_table": ids.flatten(0, 1)}
+def register(library: torch.library.Library, name: str, rule: Vmap | str) -> None:
+    """Let ``torch.vmap`` map ``moda::name``, or let it raise with this reason."""
+    if isinstance(rule, str):
+        _refuse(library, name, rule)
+    else:
+        _register(library, name, rule)
 
 
-def _register(
-    name: str, special: Callable[[Arguments, int], dict[str, Any]] | None, axes: dict[str, int]
-) -> None:
-    op = getattr(torch.ops.moda, name).default
+def _register(library: torch.library.Library, name: str, rule: Vmap) -> None:
+    op, (axes, special) = getattr(torch.ops.moda, name).default, rule
     names = [argument.name for argument in op._schema.arguments]
     results = [result.name for result in op._schema.returns]
     dims = [axes.get(result, 0) for result in results]
@@ -119,17 +94,17 @@ def _register(
         if empty := size == 0:
             size, arguments = 1, {name: _one_row(x) for name, x in arguments.items()}
         folded = {} if special is None else special(arguments, size)
-        for argument, mapped in arguments.items():
+        for argument, given in arguments.items():
             if argument not in folded:
-                x = _fold(mapped, size, axes.get(argument, 0))
+                x = fold(given, size, axes.get(argument, 0))
                 saved = argument in ("out", "lse")  # which the operators want contiguous
                 folded[argument] = x.contiguous() if saved else x
         outputs = op(*(folded[argument] for argument in arguments), **options)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        rows = 0 if empty else size
-        return [_unfold(x, size, dim, rows) for x, dim in zip(outputs, dims, strict=True)]
+        first = 0 if empty else size
+        return [_unfold(x, size, dim, first) for x, dim in zip(outputs, dims, strict=True)]
 
-    def rule(info: Any, in_dims: Any, *values: Any, **options: Any) -> tuple[Any, Any]:
+    def mapped(info: Any, in_dims: Any, *values: Any, **options: Any) -> tuple[Any, Any]:
         outputs = run(info.batch_size, in_dims, values, options)
         if len(dims) == 1:
             return outputs[0], dims[0]
@@ -151,9 +126,9 @@ def _register(
         finally:
             torch._C._vmapmode_increment_nesting()
 
-    torch.library.register_vmap(f"moda::{name}", rule, lib=LIBRARY)
+    torch.library.register_vmap(f"moda::{name}", mapped, lib=library)
     if name.endswith("_backward"):
-        LIBRARY.impl(name, batched_gradients, "Batched")
+        library.impl(name, batched_gradients, "Batched")
 
 
 def _exposed(x: Any, level: int) -> Any:
@@ -179,35 +154,12 @@ def _hidden(x: Any, dim: int, level: int) -> Any:
     return torch._add_batch_dim(x, dim, level)
 
 
-def _refuse(name: str, reason: str) -> None:
+def _refuse(library: torch.library.Library, name: str, reason: str) -> None:
     def refusal(how: str) -> Callable[..., Any]:
         def rule(*arguments: Any, **options: Any) -> Any:
             raise NotImplementedError(f"moda::{name} cannot be mapped by {how}: {reason}")
 
         return rule
 
-    torch.library.register_vmap(f"moda::{name}", refusal("torch.vmap"), lib=LIBRARY)
-    LIBRARY.impl(name, refusal("is_grads_batched"), "Batched")
-
-
-for _name, _special, _axes in (
-    ("attention", None, {}),
-    ("chunk_attention", None, {}),
-    ("depth_attention", None, {}),
-    ("attention_varlen", _documents, {"lse": 1, "dlse": 1}),
-):
-    _register(_name, _special, _axes)
-    _register(f"{_name}_backward", _special, _axes)
-_register("depth_mass", None, {})
-_register("decode", _pages, {})
-_refuse(
-    "decode_", "it writes to its caches; append to them first and map moda_decode without k_new"
-)
-for _name in (
-    "stream_buffer",
-    "stream_write",
-    "stream_read",
-    "stream_attention",
-    "stream_attention_backward",
-):
-    _refuse(_name, "a DepthStream is written in place; map over DepthSlots, or over moda_attention")
+    torch.library.register_vmap(f"moda::{name}", refusal("torch.vmap"), lib=library)
+    library.impl(name, refusal("is_grads_batched"), "Batched")

@@ -9,21 +9,21 @@ from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from moda_ops.operators.attention import (
+from moda_ops.operators.arguments import (
     Window,
     check_bool,
     check_int,
     check_option,
     check_plan,
     check_tensors,
-    compute_dtype,
-    moda_attention,
     window_sides,
 )
+from moda_ops.operators.attention import moda_attention
 from moda_ops.operators.attention_varlen import moda_attention_varlen
 from moda_ops.operators.checks import DTYPES, EMPTY_STREAM, Plan, check_both, slots_left, sum_dtype
 from moda_ops.operators.depth_attention import moda_depth_attention
 from moda_ops.operators.other_names import knows_other_names
+from moda_ops.rules.autocast import compute_dtype
 from moda_ops.stream import operators as stream_ops
 from moda_ops.stream.checkpointing import REENTRANT, in_reentrant_forward
 

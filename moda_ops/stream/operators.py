@@ -21,7 +21,8 @@ every real call to it.
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
@@ -39,39 +40,15 @@ from moda_ops.operators.checks import (
     lse_dtype,
     slots_left,
 )
-from moda_ops.operators.definition import LIBRARY, OPTIONS, Options
+from moda_ops.operators.options import OPTIONS, Options
+from moda_ops.rules.autocast import Autocast
 from moda_ops.rules.autograd import no_derivative, register_autograd
+from moda_ops.rules.flops import known_documents, visible_pairs
+from moda_ops.rules.operator import Operator, define
 from moda_ops.stream.checkpointing import (
     REENTRANT,
     in_reentrant_forward,
     recomputation,
-)
-
-LIBRARY.define(
-    "stream_buffer(Tensor unique, SymInt[] shape) -> Tensor buffer",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    "stream_write(Tensor k, Tensor v, Tensor buffer, Tensor token, SymInt? slot=None) "
-    "-> Tensor token",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    "stream_read(Tensor buffer, Tensor token, SymInt[]? places=None) -> Tensor slots",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    "stream_attention(Tensor q, Tensor? k, Tensor? v, Tensor buffer, Tensor token, "
-    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt[]? places=None, "
-    f"{OPTIONS}) -> (Tensor out, Tensor lse, Tensor token)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    "stream_attention_backward(Tensor? dout, Tensor? dlse, Tensor? dtoken, Tensor q, Tensor? k, "
-    "Tensor? v, Tensor buffer, Tensor out, Tensor lse, SymInt slots, ScalarType grad_dtype, "
-    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt[]? places=None, "
-    f"{OPTIONS}) -> (Tensor dq, Tensor[] dk_dv, Tensor dtoken)",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
@@ -526,27 +503,88 @@ def _check_attention_backward(
     options: Options,
 ) -> None:
     token = _token(buffer[:0].to(grad_dtype), slots)
-    check_stream_attention(q, k, v, buffer, token, cu_seqlens_q, cu_seqlens_k, places, options)
-    check_backward(dout, dlse, out, lse, q, buffer[..., q.shape[-1] :])
+    cu_seqlens = cu_seqlens_q, cu_seqlens_k
+    sizes = check_stream_attention(q, k, v, buffer, token, *cu_seqlens, places, options)
+    check_backward(sizes, ("B T HQ DV", "B HQ T"), dout, dlse, out, lse)
     if dtoken is not None:
         shape = slots_left(token.shape[0], places), *token.shape[1:]
         check_like("dtoken", dtoken, shape, "(slots, B, T, H, D + DV)", grad_dtype, q.device)
 
 
-for _name, _kernel, _fake in (
-    ("stream_buffer", _buffer, _buffer_fake),
-    ("stream_write", _write, _write_fake),
-    ("stream_read", _read, _read_fake),
-    ("stream_attention", _attention, _attention_fake),
-    ("stream_attention_backward", _attention_backward, _attention_backward_fake),
+def _pairs(
+    q: Tensor,
+    buffer: Tensor,
+    k: Tensor | None = None,
+    token: Tensor | None = None,
+    slots: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    places: Sequence[int] | None = None,
+    causal: bool = True,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    **_: Any,
+) -> int:
+    (B, T), right = q.shape[:2], 0 if causal else window_right
+    written: Any = slots if token is None else token.shape[0]  # backward has the number itself
+    left = slots_left(written, places)
+    depth, S = (left - 1, T) if k is None else (left, k.shape[1])
+    documents: Iterator[tuple[int, int]] = iter([(T, S)] * B)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        documents = known_documents((cu_seqlens_q, cu_seqlens_k), T, S)
+    return sum(visible_pairs(t, s, window_left, right) for t, s in documents) + B * T * depth
+
+
+_TENSORS = "Tensor? k, Tensor? v, Tensor buffer"
+_PACKED = "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt[]? places=None"
+_IN_PLACE = "a DepthStream is written in place; map over DepthSlots, or over moda_attention"
+_AUTOCAST = Autocast(memory=("buffer", "token"))
+for _operator in (
+    Operator(
+        "stream_buffer(Tensor unique, SymInt[] shape) -> Tensor buffer",
+        _buffer,
+        _buffer_fake,
+        vmap=_IN_PLACE,
+    ),
+    Operator(
+        "stream_write(Tensor k, Tensor v, Tensor buffer, Tensor token, SymInt? slot=None) "
+        "-> Tensor token",
+        _write,
+        _write_fake,
+        partial(register_autograd, backward=_write_backward, setup_context=_write_setup_context),
+        _AUTOCAST,
+        _IN_PLACE,
+    ),
+    Operator(
+        "stream_read(Tensor buffer, Tensor token, SymInt[]? places=None) -> Tensor slots",
+        _read,
+        _read_fake,
+        partial(register_autograd, backward=_read_backward, setup_context=_read_setup_context),
+        vmap=_IN_PLACE,
+    ),
+    Operator(
+        f"stream_attention(Tensor q, {_TENSORS}, Tensor token, {_PACKED}, {OPTIONS}) "
+        "-> (Tensor out, Tensor lse, Tensor token)",
+        _attention,
+        _attention_fake,
+        partial(
+            register_autograd,
+            backward=_attention_backward_formula,
+            setup_context=_attention_setup_context,
+        ),
+        _AUTOCAST,
+        _IN_PLACE,
+        _pairs,
+    ),
+    Operator(
+        "stream_attention_backward(Tensor? dout, Tensor? dlse, Tensor? dtoken, Tensor q, "
+        f"{_TENSORS}, Tensor out, Tensor lse, SymInt slots, ScalarType grad_dtype, {_PACKED}, "
+        f"{OPTIONS}) -> (Tensor dq, Tensor[] dk_dv, Tensor dtoken)",
+        _attention_backward,
+        _attention_backward_fake,
+        partial(register_autograd, backward=no_derivative("stream_attention")),
+        vmap=_IN_PLACE,
+        pairs=_pairs,
+    ),
 ):
-    for _device in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _kernel, _device)
-    torch.library.register_fake(f"moda::{_name}", _fake, lib=LIBRARY)
-for _name, *_formula in (
-    ("stream_write", _write_backward, _write_setup_context),
-    ("stream_read", _read_backward, _read_setup_context),
-    ("stream_attention", _attention_backward_formula, _attention_setup_context),
-    ("stream_attention_backward", no_derivative("stream_attention")),
-):
-    register_autograd(LIBRARY, _name, *_formula)
+    define(_operator)
