@@ -127,7 +127,15 @@ def attention_options(
     causal: bool, scale: float | None, window: Window | None, softcap: float | None, plan: str
 ) -> dict[str, Any]:
     """All options of :func:`moda_attention`, as operators take them."""
+    check_option("scale", scale)
+    check_option("softcap", softcap)
     check_plan(plan)
-    left, right = window_sides(window)
-    band = dict(causal=check_bool("causal", causal), window_left=left, window_right=right)
-    return score_options(scale, softcap) | band | dict(plan=plan)
+    causal, (left, right) = check_bool("causal", causal), window_sides(window)
+    return dict(
+        causal=causal,
+        scale=scale,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        plan=plan,
+    )

@@ -15,6 +15,7 @@ from moda_ops.operators.arguments import (
 )
 from moda_ops.operators.checks import Plan, check_attention, sum_dtype
 from moda_ops.operators.definition import DEPTH, Attention, define_attention
+from moda_ops.operators.options import Options
 from moda_ops.operators.other_names import knows_other_names
 from moda_ops.operators.slot_tensors import SlotTensors
 from moda_ops.rules.flops import visible_pairs
@@ -35,10 +36,11 @@ def _pairs(
     return B * (visible_pairs(T, S, window_left, right) + T * SlotTensors.of(k_depth).number)
 
 
-def _forward(kernels: Any, q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    *tensors, options = inputs
-    out, lse = kernels.attention(q, *tensors, *options.resolved(q.shape[-1]))
-    return out, lse
+def _forward(
+    kernels: Any, q: Tensor, k: Tensor, v: Tensor, k_depth: list[Tensor], v_depth: list[Tensor],
+    options: Options,
+) -> Any:  # fmt: skip
+    return kernels.attention(q, k, v, k_depth, v_depth, *options.resolved(q.shape[-1]))
 
 
 def _backward(kernels: Any, dout: Tensor, dlse: Tensor | None, q: Tensor, *saved: Any) -> Any:

@@ -72,7 +72,7 @@ class Sizes:
         if q.dtype not in DTYPES[device]:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[device])
             raise TypeError(f"q must have one of the dtypes {allowed} on {device}, got {q.dtype}")
-        self.q = q
+        self.q, self.dtype, self.device = q, q.dtype, q.device
         self.known: dict[str, int] = {}
         self.bind("q", q, layout)
 
@@ -85,12 +85,16 @@ class Sizes:
 
     def bind(self, name: str, x: Tensor, layout: str, dtype: torch.dtype | None = None) -> None:
         """Raise unless x fits the layout and has this dtype, by default q's."""
-        symbols, dims = _symbols(layout)
-        check_rank(name, x, dims)
-        pairs = zip(symbols, x.shape, strict=True)
-        shape = tuple(self.known.setdefault(symbol, size) for symbol, size in pairs)
-        check_like(name, x, shape, dims, dtype or self.q.dtype, self.q.device)
-        check_last_stride(name, x)
+        (symbols, dims), known, shape = _symbols(layout), self.known, x.shape
+        dtype = self.dtype if dtype is None else dtype
+        if len(shape) != len(symbols):
+            raise ValueError(f"{name} must have shape {dims}, got {shape_of(x)}")
+        fits = x.dtype is dtype and x.device == self.device and x.stride(-1) == 1
+        for symbol, size in zip(symbols, shape, strict=True):
+            fits = known.setdefault(symbol, size) == size and fits
+        if not fits:
+            check_like(name, x, self.shape(layout), dims, dtype, self.device)
+            check_last_stride(name, x)
 
     def bind_indices(self, name: str, x: Tensor, layout: str) -> None:
         """:meth:`bind` for int32."""
@@ -142,8 +146,9 @@ class Sizes:
             return self.bind(name, depth.tensors[0], " ".join([*tokens, "L", H, D]))
         if not depth.tensors:
             return None
-        self.bind(f"{name}[0]", depth.tensors[0], layout)
-        shape, dtype, device = self.shape(layout), self.q.dtype, self.q.device
+        if not self.known.keys() >= {*_symbols(layout)[0]}:
+            self.bind(f"{name}[0]", depth.tensors[0], layout)
+        shape, dtype, device = self.shape(layout), self.dtype, self.device
         for i, x in enumerate(depth.tensors):  # there may be hundreds: the cheapest test first
             fits = x.shape == shape and x.dtype is dtype and x.device == device
             if not (fits and x.stride(-1) == 1):
@@ -167,11 +172,6 @@ def check_like(
         raise TypeError(f"{name} must have dtype {dtype} to fit {whose}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {whose}'s device {device}, got {tensor.device}")
-
-
-def check_rank(name: str, tensor: Tensor, dims: str) -> None:
-    if tensor.dim() != len(dims.strip("(,)").split(",")):
-        raise ValueError(f"{name} must have shape {dims}, got {shape_of(tensor)}")
 
 
 def check_last_stride(name: str, tensor: Tensor) -> None:
@@ -259,7 +259,7 @@ def check_backward(
     ):
         if tensor is not None:
             shape, dims = sizes.shape(layout), _symbols(layout)[1]
-            check_like(name, tensor, shape, dims, dtype or sizes.q.dtype, sizes.q.device)
+            check_like(name, tensor, shape, dims, dtype or sizes.dtype, sizes.device)
     for name, tensor in (("out", out), ("lse", lse)):
         if not tensor.is_contiguous():
             raise ValueError(
