@@ -29,7 +29,6 @@ import moda_reference
 from fuzz_draw import FAMILY, SIZES, Draw, depth
 from fuzz_stream import Program, stream
 from helpers import Inputs, assert_accurate, assert_decodes, assert_matches_reference, make_decoding
-from moda_ops.operators import decode
 from moda_ops.operators import definition as ops
 from moda_ops.operators.checks import sum_dtype
 from operators import BACKWARD, DIFFERENTIABLE, Call, make_call
@@ -298,19 +297,19 @@ def cases(seed: int, kinds: list[str]) -> Iterator[tuple[str, int]]:
 @contextlib.contextmanager
 def operators_on(device: str, deterministic: bool = True) -> Iterator[None]:
     """The kernels for "interpreter"; with ``deterministic``, new memory is NaN."""
-    before = ops.implementation, decode.implementation
+    before = ops.implementation
     mode = torch.are_deterministic_algorithms_enabled()
     if device == "interpreter":
         import moda_kernels
 
-        ops.implementation = decode.implementation = lambda q: moda_kernels
+        ops.implementation = lambda q: moda_kernels
     torch.use_deterministic_algorithms(deterministic)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        ops.implementation, decode.implementation = before
+        ops.implementation = before
         torch.use_deterministic_algorithms(mode)
 
 

@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moda_ops.operators.checks import lse_dtype
+from moda_ops.operators.slot_tensors import SlotTensors
 
 KeyGradients = tuple[Any, Any, Any, Any]
 """For k, v, k_depth and v_depth, each in its form."""
 
 
 def depth_slots(depth: list[Tensor]) -> list[Tensor]:
-    """Per-slot views (B, T, H, D) of either form: L slots, or a list of one packed tensor."""
-    packed = len(depth) == 1 and depth[0].dim() == 5
-    return list(depth[0].unbind(2)) if packed else depth
+    """A view (B, T, H, D) of every slot."""
+    return [*SlotTensors.of(depth).each()]
 
 
 CuSeqlens = tuple[Tensor, Tensor] | None

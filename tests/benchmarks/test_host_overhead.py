@@ -24,7 +24,6 @@ from moda_kernels import (
     slots,
 )
 from moda_ops import DepthStream, moda_attention, moda_decode
-from moda_ops.operators import decode
 from moda_ops.operators import definition as ops
 from moda_ops.stream import operators as stream_ops
 
@@ -53,8 +52,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Nothing())
-    for module in (ops, decode):
-        monkeypatch.setattr(module, "implementation", lambda q: moda_kernels)
+    monkeypatch.setattr(ops, "implementation", lambda q: moda_kernels)
     forget()
     yield
     forget()
