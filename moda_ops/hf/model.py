@@ -25,7 +25,7 @@ from moda_ops.hf.cache import MoDACache
 from moda_ops.hf.config import MoDAConfig
 from moda_ops.hf.release import CACHE
 from moda_ops.nn.layers import check_tokens, rotary_angles
-from moda_ops.stream.depth_stream import DepthSlots, DepthStream
+from moda_ops.stream.protocol import Stream
 
 
 class _OutputLayer(torch.nn.Module):
@@ -232,7 +232,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
             x = self.model.embedding(x)
 
         positions = torch.arange(new, device=x.device)
-        stream: DepthSlots | DepthStream | nn.CachedStream
+        stream: Stream
         if cache is None:
             stream = self.model.stream(batch, new, like=x)
         else:

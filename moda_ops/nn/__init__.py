@@ -33,7 +33,6 @@ from moda_ops.nn.layers import (
     MoDAAttention,
     RMSNorm,
     Rotary,
-    Stream,
     TokenEmbedding,
     rotary_angles,
     rotate,
@@ -41,6 +40,7 @@ from moda_ops.nn.layers import (
 from moda_ops.nn.model import DepthAttentionBlock, MoDABlock, MoDALanguageModel, MoDATransformer
 from moda_ops.nn.vision import MoDAClassifier, PatchEmbedding, VisionConfig
 from moda_ops.nn.watch import Reading, WatchedStream
+from moda_ops.stream.protocol import Stream
 
 __all__ = [
     "AttentionMap",

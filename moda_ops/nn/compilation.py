@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moda_ops.nn.model import MoDABlock, MoDATransformer
-from moda_ops.stream.depth_stream import DepthSlots, DepthStream
+from moda_ops.stream.depth_slots import DepthSlots
+from moda_ops.stream.depth_stream import DepthStream
 
 
 def compile_blocks(model: MoDATransformer, **options: Any) -> None:

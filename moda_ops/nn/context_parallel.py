@@ -10,7 +10,8 @@ chunks see as many keys on every rank. It is the order of PyTorch's
 of :meth:`ContextParallel.shard`.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -127,6 +128,10 @@ class ContextParallelStream(NamedTuple):
         """The stream with one more slot: k (B, T / W, H, D) and v (B, T / W, H, DV)."""
         check_tensors(k=k, v=v)
         return self._flushed()._replace(newest=(k, v))
+
+    def keep(self, slots: Sequence[int]) -> NoReturn:
+        """Not supported: a model with bounded slots cannot be context parallel."""
+        raise ValueError("slots cannot be dropped under context parallelism (depth_keep)")
 
     def attend(
         self,
