@@ -216,7 +216,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         check_devices(self.model.blocks)
         inputs = one_input(input_ids, inputs_embeds)
         batch, new = inputs.shape[:2]
-        cache = self._cache(one_cache(cache, past_key_values), use_cache, batch, new)
+        cache = self._cache_to_fill(one_cache(cache, past_key_values), use_cache, batch, new)
         past = 0 if cache is None else cache.columns
         check_shape("attention_mask", attention_mask, (batch, past + new))
         check_shape("labels", labels, (batch, new))
@@ -224,8 +224,8 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("logits_to_keep must be 0 with labels")
 
         rows = torch.arange(batch, device=inputs.device)[:, None]
-        tokens = None if attention_mask is None else attention_mask[:, past:] != 0
-        order = None if tokens is None else (~tokens).byte().argsort(dim=1, stable=True)
+        real = None if attention_mask is None else attention_mask[:, past:] != 0
+        order = None if real is None else (~real).byte().argsort(dim=1, stable=True)
         x = inputs if order is None else inputs[rows, order]
         if inputs_embeds is None:
             check_tokens("input_ids", x)
@@ -254,17 +254,17 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         if order is not None:
             back = order.argsort(1)
             states = [state[rows, back] for state in states]
-        if tokens is not None:
-            states[-1] = states[-1].masked_fill(~tokens[..., None], 0)  # as label smoothing needs
+        if real is not None:
+            states[-1] = states[-1].masked_fill(~real[..., None], 0)  # as label smoothing needs
         if cache is not None:
-            cache.append(new, new if tokens is None else tokens.sum(1))
+            cache.append(new, new if real is None else real.sum(1))
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(states[-1][:, kept])
         loss = None
         if labels is not None:
-            if tokens is not None:
-                labels = labels.masked_fill(F.pad(~tokens[:, :-1], (1, 0)), -100)
+            if real is not None:
+                labels = labels.masked_fill(F.pad(~real[:, :-1], (1, 0)), -100)
             loss = self.loss_function(
                 logits, labels, c.vocab_size, num_items_in_batch=num_items_in_batch
             )
@@ -279,7 +279,7 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
     def _checkpoints(self) -> bool:
         return self.gradient_checkpointing and self.training
 
-    def _cache(
+    def _cache_to_fill(
         self, given: object, use_cache: bool | None, batch: int, new: int
     ) -> MoDACache | None:
         """The cache to fill, with room for the new tokens; None for none."""

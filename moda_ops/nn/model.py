@@ -153,7 +153,7 @@ class MoDATransformer(nn.Module):
         super().__init__()
         self.config = config
         self.kv_heads = config.kv_heads  # that this process has: tensor parallelism divides them
-        self.depth_kept = config.depth_positions()
+        self.kept_positions = config.depth_positions()
         self.embedding = embedding
         depth_attention = config.depth == "attention"
         self.embedding_norm = RMSNorm(config.width, gain=False) if depth_attention else None
@@ -245,7 +245,7 @@ class MoDATransformer(nn.Module):
             x = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2)
             stream = stream.write(k, v)
             del k, v  # or a bounded stream could not free the slot
-        for block, kept in zip(self.blocks, self.depth_kept, strict=True):
+        for block, kept in zip(self.blocks, self.kept_positions, strict=True):
             if kept is not None:
                 stream = stream.keep(kept)
             if run_block is None:

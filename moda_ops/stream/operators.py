@@ -160,7 +160,7 @@ class _Kept(NamedTuple):
         rows = [row for row, place in enumerate(places) if place >= 0]
         return cls(rows, [places[row] for row in rows])
 
-    def depth(self, L: int) -> "_Kept":
+    def first(self, L: int) -> "_Kept":
         return _Kept(self.rows[:L], self.places[:L])
 
     @property
@@ -173,7 +173,7 @@ def _evenly_spaced(slots: Sequence[int]) -> bool:
     return isinstance(slots, range) or len({b - a for a, b in pairwise(slots)}) <= 1
 
 
-def _depth(
+def _keys_and_values(
     x: Tensor, slots: Sequence[int], D: int, packed: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of some slots of x: each one packed tensor (B, T, L, H, ..), or a list."""
@@ -216,12 +216,12 @@ def _attention(
     kept, D = _Kept.of(token.shape[0], places), q.shape[-1]
     check_written(buffer, kept.places)
     k, v, L = _sequence(k, v, buffer, kept.places, D)
-    depth = kept.depth(L)
+    depth = kept.first(L)
     out, lse = ops.implementation(q).attention(
         q,
         k,
         v,
-        *_depth(buffer, depth.places, D, depth.packed),
+        *_keys_and_values(buffer, depth.places, D, depth.packed),
         *opts.resolved(D),
         cu_seqlens=_pair(*cu_seqlens),
     )
@@ -324,23 +324,23 @@ def _attention_backward(
     if dtoken is not None and not dk_dv:
         running = _sequence(None, None, dtoken, range(len(dtoken)), D)[:2]
     k, v, L = _sequence(k, v, buffer, kept.places, D)
-    depth = kept.depth(L)
+    depth = kept.first(L)
     packed = depth.packed
     handed = None
     if dtoken is not None:
-        handed = (*running, *_depth(dtoken, range(L), D, packed))
+        handed = (*running, *_keys_and_values(dtoken, range(L), D, packed))
     dq, *_ = ops.implementation(q).attention_backward(
         dout,
         dlse,
         q,
         k,
         v,
-        *_depth(buffer, depth.places, D, packed),
+        *_keys_and_values(buffer, depth.places, D, packed),
         out,
         lse,
         *opts.resolved(D),
         cu_seqlens=_pair(*cu_seqlens),
-        grads=(*into, *_depth(grads, depth.rows, D, packed)),
+        grads=(*into, *_keys_and_values(grads, depth.rows, D, packed)),
         running=handed,
     )
     return dq, dk_dv, grads
