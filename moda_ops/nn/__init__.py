@@ -7,11 +7,12 @@ depth key.
 
 :class:`MoDAConfig` chooses who writes the stream, ``depth``, and where the norms stand, ``norm``;
 :class:`MoDALanguageModel` is the model. :class:`MoDAClassifier` takes images: the same blocks,
-without a causal mask and without rotation. The stream is a value that the blocks pass on: a
-:class:`moda_ops.DepthStream`, or, for the functional path, :class:`moda_ops.DepthSlots`, or, in
-:func:`generate`, a :class:`CachedStream` over a :class:`KVCache`, which keeps no depth. A
-:class:`WatchedStream` shows what layers read: see :func:`depth_use`. Shapes: B batch, T tokens, C
-width, HQ query heads, H key/value heads, D head dimension.
+without a causal mask and without rotation. The stream is a value that the blocks pass on, any
+:class:`Stream`: a :class:`moda_ops.DepthStream`, or, for the functional path,
+:class:`moda_ops.DepthSlots`, or, in :func:`generate`, a :class:`CachedStream` over a
+:class:`KVCache`, which keeps no depth. A :class:`WatchedStream` shows what layers read: see
+:func:`depth_use`. Shapes: B batch, T tokens, C width, HQ query heads, H key/value heads, D head
+dimension.
 """
 
 from moda_ops.nn.cache import CachedStream, KVCache
