@@ -102,8 +102,8 @@ class DepthSlots(NamedTuple):
     ) -> "tuple[Tensor, DepthSlots]":
         """``out`` (B, T, HQ, DV) and the stream; see :meth:`moda_ops.DepthStream.attend`."""
         options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
-        out, _, stream = self.attend_with_lse(q, k, v, **options, cu_seqlens=cu_seqlens)
-        return out, stream
+        out, _ = self._attend(q, k, v, cu_seqlens, **options)
+        return out, self
 
     @knows_other_names
     def attend_with_lse(
@@ -121,6 +121,17 @@ class DepthSlots(NamedTuple):
     ) -> "tuple[Tensor, Tensor, DepthSlots]":
         """:meth:`attend`, and ``lse`` (B, HQ, T) before the stream."""
         options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
+        return *self._attend(q, k, v, cu_seqlens, **options), self
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cu_seqlens: tuple[Tensor, Tensor] | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """``out`` and ``lse``."""
         self._check_reentrant()
         check_both("k", k, "v", v)
         k_depth, v_depth = list(self.k), list(self.v)
@@ -130,8 +141,7 @@ class DepthSlots(NamedTuple):
             k, v = k_depth.pop(), v_depth.pop()
         packed = document_bounds(cu_seqlens)
         if not packed:
-            out, lse = moda_attention(q, k, v, k_depth, v_depth, **options, return_lse=True)
-            return out, lse, self
+            return moda_attention(q, k, v, k_depth, v_depth, **options, return_lse=True)
         check_tensors(q=q)
         if q.shape[0] != 1:
             raise ValueError(f"packed documents need a batch of B = 1, got B = {q.shape[0]}")
@@ -140,7 +150,7 @@ class DepthSlots(NamedTuple):
         out, lse = moda_attention_varlen(
             q, k, v, k_depth, v_depth, *packed, **options, return_lse=True
         )
-        return out.unsqueeze(0), lse.unsqueeze(0), self
+        return out.unsqueeze(0), lse.unsqueeze(0)
 
     def keys(self) -> list[Tensor]:
         """The keys (B, T, H, D) of every slot that is there."""
