@@ -24,7 +24,8 @@ from moda_ops.operators.decode import moda_decode
 from moda_ops.operators.depth_attention import moda_depth_attention
 from moda_ops.operators.depth_mass import moda_depth_mass, moda_sink_mass
 from moda_ops.operators.migration import from_authors, to_authors
-from moda_ops.stream.depth_stream import DepthSlots, DepthStream
+from moda_ops.stream.depth_slots import DepthSlots
+from moda_ops.stream.depth_stream import DepthStream
 
 __version__ = "0.1.0"
 __all__ = [

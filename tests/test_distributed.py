@@ -252,6 +252,7 @@ def test_errors(alone):
         ("x has 5 tokens, which must be a multip", lambda: context.shard(torch.zeros(5), 0)),
         ("stream must be None if context is give", lambda: model(tokens, stream, context=context)),
         ("nothing is written since the last read", lambda: parts.attend(q)),
+        ("slots cannot be dropped under context", lambda: parts.keep([])),
         ("causal must be True under context para", lambda: parts.attend(q, k, k, causal=False)),
         ("q and k must have this rank's two chun", lambda: parts.attend(q, k, k)),
     ):

@@ -117,8 +117,11 @@ CALLERS = [
     *(getattr(moda_ops, name) for name in moda_ops.__all__ if name.startswith("moda_")),
     STREAM.attend,
     STREAM.attend_with_lse,
+    STREAM.attend_sequence,
     STREAM.attend_depth,
     DepthSlots().attend,
+    DepthSlots().attend_with_lse,
+    DepthSlots().attend_sequence,
     DepthSlots().attend_depth,
 ]
 
@@ -155,9 +158,6 @@ def test_advice(name, advice):
     with pytest.raises(TypeError) as caught:
         call(**{name: None})
     assert str(caught.value) == expected and caught.value.__cause__ is None
-    with pytest.raises(TypeError) as caught:
-        DepthSlots().attend_with_lse(SLOT, SLOT, SLOT, **{name: None})
-    assert str(caught.value) == expected
 
 
 def test_advice_for_a_function_that_does_not_have_it():

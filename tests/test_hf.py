@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -34,7 +37,7 @@ from moda_ops.hf import MoDACache, MoDAConfig, MoDAForCausalLM
 SIZES = nn.MoDAConfig(vocab_size=61, layers=3, width=36, heads=6, kv_heads=2, head_dim=6, hidden=50)
 PAD = 60
 OLD = transformers.__version__ < "5"
-CACHE = hf._CACHE  # what this release of transformers calls it
+CACHE = hf.release.CACHE  # what this release of transformers calls it
 PROMPTS = [[5, 9, 11, 40, 3, 2, 17], [31], [8, 30, 2, 2, 1]]
 every_depth = pytest.mark.parametrize("depth", get_args(nn.Depth))
 every_side = pytest.mark.parametrize("side", ["left", "right", "holes"])
@@ -130,6 +133,29 @@ def test_save_and_load(depth: nn.Depth, saved: torch.dtype, tmp_path: Path) -> N
     ids, mask = padded(PROMPTS, "left")
     with torch.no_grad():
         assert torch.equal(loaded(ids, mask).logits, model(ids, mask).logits)
+
+
+def test_a_folder_with_its_own_code_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``register_for_auto_class`` writes ``auto_map`` and copies the classes' files."""
+    for kind, auto in ((MoDAConfig, "AutoConfig"), (MoDAForCausalLM, "AutoModelForCausalLM")):
+        monkeypatch.setattr(kind, "_auto_class", auto)
+    folder, tokens = tmp_path / "saved", torch.tensor([[1, 2, 3]])
+    model = make_model().eval()
+    model.save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert {(folder / f"{x.split('.')[0]}.py").exists() for x in saved.values()} == {True}
+    code = f"""
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+print(model(torch.tensor({tokens.tolist()})).logits.abs().sum().item())
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert float(run.stdout) == pytest.approx(model(tokens).logits.abs().sum().item(), rel=1e-4)
 
 
 def test_a_missing_weight_is_initialized_and_no_other(tmp_path: Path) -> None:

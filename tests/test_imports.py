@@ -1,6 +1,9 @@
 """Who imports whom: what the packages load, in fresh processes, and what their files name."""
 
 import ast
+import functools
+import graphlib
+import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -89,3 +92,130 @@ def test_the_rules_can_fail(tmp_path):
     file = tmp_path / "bad.py"
     file.write_text("def f():\n    from moda_ops.operators.definition import x\n")
     assert imports(file) == {"moda_ops"} and not imports(file, top_level_only=True)
+
+
+# Rooms of moda_ops: a module imports its own room and the floors below, and within a room there is
+# no cycle. Imports inside functions and for the type checker count.
+
+FLOORS = [
+    {"rules"},  # torch alone
+    {"operators"},
+    {"stream", "policies", "distributed"},
+    {"nn"},
+    {"hf", "tools"},
+    {"__init__", "__main__"},
+]
+ROOMS = sorted(set().union(*FLOORS))
+UPWARDS = {("moda_ops.tools.cli", "moda_ops"): "--version prints the package's __version__"}
+
+
+@functools.cache
+def graph(package: pathlib.Path) -> dict[str, set[str]]:
+    """What every module of a package imports: its own modules in full, of others the first name."""
+    paths = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {name: imports_of(name, path, paths) for name, path in paths.items()}
+
+
+def imports_of(name: str, path: pathlib.Path, known: dict[str, pathlib.Path]) -> set[str]:
+    names = set()
+    parent = name if path.stem == "__init__" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), parent)
+            inner = {alias.name: f"{source}.{alias.name}" for alias in node.names}
+            names |= {full if full in known else source for full in inner.values()}
+    return {name if name in known else name.split(".")[0] for name in names}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def floor(module: str) -> int:
+    (index,) = [i for i, rooms in enumerate(FLOORS) if room(module) in rooms]
+    return index
+
+
+def upwards(modules: dict[str, set[str]], of: str) -> set[tuple[str, str]]:
+    """Imports by this room's modules that do not go down, and those of the lowest but torch."""
+    found = set()
+    for module, imported in modules.items():
+        if room(module) != of:
+            continue
+        for name in imported:
+            if name in modules:
+                if room(name) != of and floor(name) >= floor(module):
+                    found.add((module, name))
+            elif floor(module) == 0 and name not in {"torch", *sys.stdlib_module_names}:
+                found.add((module, name))
+    return found
+
+
+def check_cycles(modules: dict[str, set[str]], of: str) -> None:
+    """Raise graphlib.CycleError if modules of this room import each other in a circle."""
+    inside = {module for module in modules if room(module) == of}
+    graphlib.TopologicalSorter({m: modules[m] & inside for m in inside}).prepare()
+
+
+@pytest.mark.parametrize("of", ROOMS)
+def test_no_module_imports_upwards(of):
+    assert upwards(graph(SOURCES["moda_ops"]), of) <= set(UPWARDS)
+
+
+@pytest.mark.parametrize("of", ROOMS)
+def test_no_cycle_within_a_room(of):
+    check_cycles(graph(SOURCES["moda_ops"]), of)
+
+
+def test_every_module_has_a_floor_and_every_exception_is_one():
+    modules = graph(SOURCES["moda_ops"])
+    assert {room(module) for module in modules} == set(ROOMS)
+    assert set(UPWARDS) <= {pair for of in ROOMS for pair in upwards(modules, of)}
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "found"),
+    [
+        ("nn/layers.py", "from moda_ops.hf import MoDACache", "moda_ops.hf"),
+        ("nn/layers.py", "from moda_ops import hf", "moda_ops.hf"),
+        ("nn/layers.py", "import moda_ops.hf.model", "moda_ops.hf.model"),
+        ("nn/layers.py", "from ..hf.model import MoDAForCausalLM", "moda_ops.hf.model"),
+        ("nn/layers.py", "def f():\n    from moda_ops import moda_attention", "moda_ops"),
+        ("nn/__init__.py", "if TYPE_CHECKING:\n    from ..hf import model", "moda_ops.hf.model"),
+        ("tools/demo.py", "from moda_ops.hf import model", "moda_ops.hf.model"),
+        ("rules/vmap.py", "from moda_ops.nn import layers", "moda_ops.nn.layers"),
+        ("rules/vmap.py", "import numpy", "numpy"),
+        ("rules/vmap.py", "import torch, functools", None),
+        ("nn/layers.py", "from moda_ops.rules import vmap", None),
+        ("nn/layers.py", "from moda_ops.nn import cache", None),
+        ("hf/model.py", "from moda_ops import nn", None),
+        ("hf/model.py", "import transformers", None),
+    ],
+)
+def test_an_import_upwards_is_found(tmp_path, file, line, found):
+    package = tmp_path / "moda_ops"
+    for name in ("nn/layers", "nn/cache", "hf/model", "tools/demo", "rules/vmap"):
+        path = package / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        (path.parent / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
+    (package / file).write_text(line)
+    module = f"moda_ops.{file[:-3].replace('/', '.')}".removesuffix(".__init__")
+    wanted = set() if found is None else {(module, found)}
+    assert {pair for of in ROOMS for pair in upwards(graph(package), of)} == wanted
+
+
+def test_a_cycle_is_found(tmp_path):
+    package = tmp_path / "moda_ops"
+    (package / "nn").mkdir(parents=True)
+    for name, line in (("a", "from moda_ops.nn.b import x"), ("b", "def f(): from . import a")):
+        (package / "nn" / f"{name}.py").write_text(line)
+    check_cycles(graph(package), "tools")
+    with pytest.raises(graphlib.CycleError, match=r"moda_ops\.nn\.a"):
+        check_cycles(graph(package), "nn")

@@ -1,7 +1,7 @@
 """The language models: what they compute, what they write to the depth stream, and their sizes."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import pairwise, product
@@ -252,6 +252,49 @@ def test_depth_scores_do_not_depend_on_the_position(
     torch.testing.assert_close(last_output(position), last_output(0))
 
 
+class Counted:
+    """A stream of somebody else: what the protocol asks for, no base class, no tuple."""
+
+    def __init__(self, slots: DepthSlots, reads: list[int]) -> None:
+        self.slots, self.reads = slots, reads
+
+    @property
+    def written(self) -> int:
+        return self.slots.written
+
+    def write(self, k: Tensor, v: Tensor) -> "Counted":
+        return Counted(self.slots.write(k, v), self.reads)
+
+    def keep(self, slots: Sequence[int]) -> "Counted":
+        return Counted(self.slots.keep(slots), self.reads)
+
+    def attend(
+        self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, causal: bool = True
+    ) -> "tuple[Tensor, Counted]":
+        self.reads.append(self.written - (k is None))
+        return self.slots.attend(q, k, v, causal=causal)[0], self
+
+    def attend_sequence(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True
+    ) -> "tuple[Tensor, Counted]":
+        return self.slots.attend_sequence(q, k, v, causal=causal)[0], self
+
+    def attend_depth(self, q: Tensor) -> "tuple[Tensor, Counted]":
+        self.reads.append(self.written)
+        return self.slots.attend_depth(q)[0], self
+
+
+@every_depth
+def test_a_stream_of_your_own(depth: Depth) -> None:
+    bounded = replace(CONFIG, depth=depth).bounded(2).depth_keep
+    for kept in (None, bounded):
+        model, tokens = make_model(depth=depth, depth_keep=kept), tokens_like(2, 5)
+        reads: list[int] = []
+        logits = model(tokens, Counted(DepthSlots(), reads))
+        assert torch.equal(logits, model(tokens, DepthSlots()))
+        assert reads == model.config.depth_reads()
+
+
 def test_rotation_makes_scores_relative() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
@@ -308,7 +351,7 @@ def test_the_baseline_is_the_same_model_through_sdpa(
     model, tokens = make_model(depth="residual", norm=norm).double(), tokens_like(2, 19)
     logits = model(tokens)
     empty = model(tokens, begin(model, DepthStream, 2, 19))
-    monkeypatch.setattr("moda_ops.stream.depth_stream.moda_attention", sdpa)
+    monkeypatch.setattr("moda_ops.stream.depth_slots.moda_attention", sdpa)
     expected = model(tokens)
     for actual in (logits, empty):
         torch.testing.assert_close(actual, expected)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from moda_ops import DepthSlots, DepthStream
+from moda_ops.stream import guard
 from moda_ops.stream import operators as stream_ops
 
 B, T, HQ, H, D, DV = 2, 6, 4, 2, 8, 4
@@ -159,9 +160,9 @@ def test_opcheck(device, monkeypatch):
     def zeros(token, slots):
         return token.new_empty_strided((slots, *token.shape[1:]), (0,) * 5).fill_(0)
 
-    monkeypatch.setattr(stream_ops, "_token", zeros)
-    for guard in ("_claim", "check_written"):  # opcheck copies what it gets
-        monkeypatch.setattr(stream_ops, guard, lambda *args, **kwargs: False)
+    monkeypatch.setattr(stream_ops, "_new_token", zeros)
+    for check in ("claim", "check_written"):  # opcheck copies what it gets
+        monkeypatch.setattr(stream_ops, check, lambda *args, **kwargs: None)
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -483,11 +484,11 @@ def many_readers(x, stream):
 
 def test_nothing_is_kept_for_a_stream_that_is_gone():
     allocate(1)  # forgets the ones that are gone
-    before = len(stream_ops._records)
+    before = len(guard._records)
     for _ in range(3):
         model(random_input(), allocate(4))
     allocate(1)
-    assert len(stream_ops._records) <= before
+    assert len(guard._records) <= before
 
 
 def test_no_version_of_the_buffer_is_spent():

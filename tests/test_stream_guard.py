@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moda_ops import DepthSlots, DepthStream
-from moda_ops.stream import operators as stream_ops
+from moda_ops.stream import guard
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo's own
 
@@ -437,7 +437,7 @@ def test_forgetting_a_stream_spares_one_that_comes_meanwhile(monkeypatch):
 
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_debug_compares_what_a_checkpoint_recomputes(monkeypatch, compiler):
-    monkeypatch.setattr(stream_ops, "_DEBUG", True)
+    monkeypatch.setattr(guard, "DEBUG", True)
     torch._dynamo.reset()
     run = torch.compile(block, backend=compiler, fullgraph=True) if compiler else block
 

@@ -468,8 +468,8 @@ def test_bfloat16_is_as_accurate_as_plain_attention_in_it(
         out: Tensor = plain_slots(q, k[0][:, :0], v[0][:, :0], k, v, **options)
         return out
 
-    monkeypatch.setattr("moda_ops.stream.depth_stream.moda_attention", plain_slots)
-    monkeypatch.setattr("moda_ops.stream.depth_stream.moda_depth_attention", plain_depth)
+    monkeypatch.setattr("moda_ops.stream.depth_slots.moda_attention", plain_slots)
+    monkeypatch.setattr("moda_ops.stream.depth_slots.moda_depth_attention", plain_depth)
     plain = results(model, DepthSlots, run=run)
     assert distance(actual, exact) <= 2 * distance(plain, exact)
 

@@ -7,11 +7,12 @@ depth key.
 
 :class:`MoDAConfig` chooses who writes the stream, ``depth``, and where the norms stand, ``norm``;
 :class:`MoDALanguageModel` is the model. :class:`MoDAClassifier` takes images: the same blocks,
-without a causal mask and without rotation. The stream is a value that the blocks pass on: a
-:class:`moda_ops.DepthStream`, or, for the functional path, :class:`moda_ops.DepthSlots`, or, in
-:func:`generate`, a :class:`CachedStream` over a :class:`KVCache`, which keeps no depth. A
-:class:`WatchedStream` shows what layers read: see :func:`depth_use`. Shapes: B batch, T tokens, C
-width, HQ query heads, H key/value heads, D head dimension.
+without a causal mask and without rotation. The stream is a value that the blocks pass on, any
+:class:`Stream`: a :class:`moda_ops.DepthStream`, or, for the functional path,
+:class:`moda_ops.DepthSlots`, or, in :func:`generate`, a :class:`CachedStream` over a
+:class:`KVCache`, which keeps no depth. A :class:`WatchedStream` shows what layers read: see
+:func:`depth_use`. Shapes: B batch, T tokens, C width, HQ query heads, H key/value heads, D head
+dimension.
 """
 
 from moda_ops.nn.cache import CachedStream, KVCache
@@ -33,7 +34,6 @@ from moda_ops.nn.layers import (
     MoDAAttention,
     RMSNorm,
     Rotary,
-    Stream,
     TokenEmbedding,
     rotary_angles,
     rotate,
@@ -41,6 +41,7 @@ from moda_ops.nn.layers import (
 from moda_ops.nn.model import DepthAttentionBlock, MoDABlock, MoDALanguageModel, MoDATransformer
 from moda_ops.nn.vision import MoDAClassifier, PatchEmbedding, VisionConfig
 from moda_ops.nn.watch import Reading, WatchedStream
+from moda_ops.stream.protocol import Stream
 
 __all__ = [
     "AttentionMap",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moda_ops.nn.model import MoDABlock, MoDATransformer
-from moda_ops.stream.depth_stream import DepthSlots, DepthStream
+from moda_ops.stream.depth_slots import DepthSlots
+from moda_ops.stream.depth_stream import DepthStream
 
 
 def compile_blocks(model: MoDATransformer, **options: Any) -> None:
@@ -56,11 +57,11 @@ Kind = tuple[int, bool, bool]
 
 
 def _kinds(model: MoDATransformer) -> list[Kind]:
-    config, kept = model.config, model.depth_kept
+    config, positions = model.config, model.kept_positions
     slots = list(accumulate(config.depth_writes()))
     if config.depth_keep is not None:
-        slots = [len(stay) for stay in config.depth_keep]
-    first = next((i for i, places in enumerate(kept) if places is not None), config.layers)
+        slots = [len(kept) for kept in config.depth_keep]
+    first = next((i for i, kept in enumerate(positions) if kept is not None), config.layers)
     ends = [isinstance(block, MoDABlock) and not block.continues for block in model.blocks]
     return [(min(n, 2), i >= first, ends[i]) for i, n in enumerate(slots)]
 

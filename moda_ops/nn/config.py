@@ -189,10 +189,10 @@ class BlockConfig:
             there = (*there, *range(end, end + more))
             end += more
             try:
-                places = positions(there, kept)
+                stay = positions(there, kept)
             except ValueError as error:
                 raise ValueError(f"depth_keep[{layer}]: {error}") from None
-            result.append(None if len(places) == len(there) else places)
+            result.append(None if len(stay) == len(there) else stay)
             there = kept
         return result
 

@@ -10,7 +10,8 @@ chunks see as many keys on every rank. It is the order of PyTorch's
 of :meth:`ContextParallel.shard`.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -128,6 +129,10 @@ class ContextParallelStream(NamedTuple):
         check_tensors(k=k, v=v)
         return self._flushed()._replace(newest=(k, v))
 
+    def keep(self, slots: Sequence[int]) -> NoReturn:
+        """Not supported: a model with bounded slots cannot be context parallel."""
+        raise ValueError("slots cannot be dropped under context parallelism (depth_keep)")
+
     def attend(
         self,
         q: Tensor,
@@ -190,9 +195,10 @@ class ContextParallelStream(NamedTuple):
                 f"{k.shape[1]}"
             )
         state = [x for half in self.halves for x in (half.buffer, half.token)]
-        out, *tokens = _Attend.apply(self.context, options, q, torch.cat((k, v), -1), *state)
+        out, *stream_tokens = _Attend.apply(self.context, options, q, torch.cat((k, v), -1), *state)
         first, second = (
-            half._replace(token=token) for half, token in zip(self.halves, tokens, strict=True)
+            half._replace(token=token)
+            for half, token in zip(self.halves, stream_tokens, strict=True)
         )
         return out, self._replace(halves=(first, second))
 
@@ -214,10 +220,14 @@ class _Attend(torch.autograd.Function):
         kv: Tensor,  # (B, T / W, H, D + DV)
         *state: Tensor,  # buffer and token of either half
     ) -> tuple[Tensor, ...]:
-        buffers, tokens = state[::2], state[1::2]
+        buffers, stream_tokens = state[::2], state[1::2]
         outs, lses, after = [], [], []
         for part, keys, buffer, token in zip(
-            q.chunk(CHUNKS, 1), _visible(context, kv, q.shape[-1]), buffers, tokens, strict=True
+            q.chunk(CHUNKS, 1),
+            _visible(context, kv, q.shape[-1]),
+            buffers,
+            stream_tokens,
+            strict=True,
         ):
             out, lse, token = torch.ops.moda.stream_attention(part, *keys, buffer, token, **options)
             outs.append(out)
@@ -226,7 +236,7 @@ class _Attend(torch.autograd.Function):
         whole = torch.cat(outs, 1)  # what the output projection saves, too
         ctx.save_for_backward(q, kv, whole, *buffers, *lses)
         ctx.context, ctx.options = context, options
-        ctx.slots, ctx.grad_dtype = [x.shape[0] for x in tokens], tokens[0].dtype
+        ctx.slots, ctx.grad_dtype = [x.shape[0] for x in stream_tokens], stream_tokens[0].dtype
         ctx.set_materialize_grads(False)
         return whole, *after
 

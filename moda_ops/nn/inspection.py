@@ -230,11 +230,11 @@ def _heat_map(p: AttentionMap, head: int, title: str, labels: Sequence[str] | No
     )
     if 0 < S < columns:
         axes.axvline(S - 0.5, color="red", linewidth=1.5)
-    tokens, slots = _ticks(S, 16 if labels is None else S), _ticks(columns - S, 16)
+    token_ticks, slot_ticks = _ticks(S, 16 if labels is None else S), _ticks(columns - S, 16)
     position = list(map(str, range(max(T, S)))) if labels is None else labels
-    names = [*(position[n] for n in tokens), *(f"d{p.slots[n]}" for n in slots)]
+    names = [*(position[n] for n in token_ticks), *(f"d{p.slots[n]}" for n in slot_ticks)]
     turned = 90 if max(map(len, names), default=0) > 3 else 0
-    axes.set_xticks([*tokens, *(S + n for n in slots)], names, rotation=turned)
+    axes.set_xticks([*token_ticks, *(S + n for n in slot_ticks)], names, rotation=turned)
     rows = _ticks(T, 16 if labels is None else T)
     axes.set_yticks(rows, [position[n] for n in rows])
     axes.tick_params(labelsize=7)

@@ -1,23 +1,11 @@
 """The layers of a block: rotary embedding, norm, attention, feed-forward, and their writes."""
 
-from typing import TYPE_CHECKING, TypeVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moda_ops.nn.cache import CachedStream
 from moda_ops.nn.config import BlockConfig
-from moda_ops.nn.watch import WatchedStream
-from moda_ops.stream.depth_stream import DepthSlots, DepthStream
-
-if TYPE_CHECKING:
-    from moda_ops.nn.context_parallel import ContextParallelStream
-
-Stream = TypeVar(
-    "Stream", DepthSlots, DepthStream, CachedStream, WatchedStream, "ContextParallelStream"
-)
-"""Any form of the depth stream."""
+from moda_ops.stream.protocol import StreamT
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of every position's angles, each (T, 1, D / 2) or (B, T, 1, D / 2), float32."""
@@ -143,6 +131,7 @@ class MoDAAttention(nn.Module):
         >>> config = BlockConfig(
         ...     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... )
+        >>> from moda_ops import DepthSlots
         >>> layer, rotary = MoDAAttention(config), rotary_angles(torch.arange(5), 8, 1e4)
         >>> y, stream = layer(torch.randn(1, 5, 32), rotary, DepthSlots())
         >>> y, stream = layer(y, rotary, stream)
@@ -172,11 +161,11 @@ class MoDAAttention(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary | None,
-        stream: Stream,
+        stream: StreamT,
         *,
         write: bool = True,
         read: bool = True,
-    ) -> tuple[Tensor, Stream]:
+    ) -> tuple[Tensor, StreamT]:
         """Output (B, T, C) for x (B, T, C), and the stream.
 
         With ``write`` the layer's own key and value are its next slot. Without ``read`` (nor
@@ -258,6 +247,7 @@ class DepthAttention(nn.Module):
         ...     layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64
         ... )
         >>> rotary = rotary_angles(torch.arange(5), 8, 1e4)
+        >>> from moda_ops import DepthSlots
         >>> stream = DepthSlots().write(*DepthProjection(config)(torch.randn(1, 5, 32), rotary))
         >>> x, stream = DepthAttention(config)(torch.randn(1, 5, 32), rotary, stream)
         >>> x.shape, stream.written
@@ -271,7 +261,7 @@ class DepthAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.write = DepthProjection(config)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, stream: Stream) -> tuple[Tensor, Stream]:
+    def forward(self, x: Tensor, rotary: Rotary | None, stream: StreamT) -> tuple[Tensor, StreamT]:
         """The next layer's input (B, T, C), for a layer's output x (B, T, C), and the stream."""
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rotary)
         k, v = self.write(x, rotary)

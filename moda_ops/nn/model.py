@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moda_ops.nn.cache import CachedStream
 from moda_ops.nn.config import BlockConfig, MoDAConfig
 from moda_ops.nn.layers import (
     DepthAttention,
@@ -15,17 +14,17 @@ from moda_ops.nn.layers import (
     MoDAAttention,
     RMSNorm,
     Rotary,
-    Stream,
     TokenEmbedding,
     check_tokens,
     output_layer,
     rotary_angles,
 )
-from moda_ops.nn.watch import WatchedStream
-from moda_ops.stream.depth_stream import DepthSlots, DepthStream
+from moda_ops.stream.depth_slots import DepthSlots
+from moda_ops.stream.depth_stream import DepthStream
+from moda_ops.stream.protocol import Stream, StreamT
 
 if TYPE_CHECKING:
-    from moda_ops.nn.context_parallel import ContextParallel, ContextParallelStream
+    from moda_ops.nn.context_parallel import ContextParallel
 
 
 class MoDABlock(nn.Module):
@@ -61,7 +60,7 @@ class MoDABlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward_write = DepthProjection(config) if "ffn" in projects else None
 
-    def forward(self, x: Tensor, rotary: Rotary | None, stream: Stream) -> tuple[Tensor, Stream]:
+    def forward(self, x: Tensor, rotary: Rotary | None, stream: StreamT) -> tuple[Tensor, StreamT]:
         """Output (B, T, C) for x (B, T, C), and the stream with this block's slots appended."""
         h = self.attention_norm(x) if self.pre_norm else x
         write_keys = self.writes and self.attention_write is None
@@ -109,7 +108,7 @@ class DepthAttentionBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward_depth = DepthAttention(config)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, stream: Stream) -> tuple[Tensor, Stream]:
+    def forward(self, x: Tensor, rotary: Rotary | None, stream: StreamT) -> tuple[Tensor, StreamT]:
         """The next block's input (B, T, C) for x (B, T, C), and the stream with two more slots."""
         h = self.attention_norm(x) if self.pre_norm else x
         y, stream = self.attention(h, rotary, stream, write=False, read=False)
@@ -154,7 +153,7 @@ class MoDATransformer(nn.Module):
         super().__init__()
         self.config = config
         self.kv_heads = config.kv_heads  # that this process has: tensor parallelism divides them
-        self.depth_kept = config.depth_positions()
+        self.kept_positions = config.depth_positions()
         self.embedding = embedding
         depth_attention = config.depth == "attention"
         self.embedding_norm = RMSNorm(config.width, gain=False) if depth_attention else None
@@ -224,7 +223,7 @@ class MoDATransformer(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary | None,
-        stream: "DepthSlots | DepthStream | CachedStream | WatchedStream | ContextParallelStream",
+        stream: Stream,
         *,
         run_block: RunBlock | None = None,
     ) -> Tensor:
@@ -246,9 +245,9 @@ class MoDATransformer(nn.Module):
             x = v.repeat_interleave(self.config.heads // v.shape[2], 2).flatten(2)
             stream = stream.write(k, v)
             del k, v  # or a bounded stream could not free the slot
-        for block, kept in zip(self.blocks, self.depth_kept, strict=True):
+        for block, kept in zip(self.blocks, self.kept_positions, strict=True):
             if kept is not None:
-                stream = stream.keep(kept)  # type: ignore[union-attr]  # context has no bounds
+                stream = stream.keep(kept)
             if run_block is None:
                 x, stream = block(x, rotary, stream)
             else:
@@ -335,7 +334,7 @@ class MoDALanguageModel(MoDATransformer):
     def forward(
         self,
         tokens: Tensor,
-        stream: DepthSlots | DepthStream | WatchedStream | None = None,
+        stream: Stream | None = None,
         *,
         context: "ContextParallel | None" = None,
     ) -> Tensor:
@@ -343,8 +342,9 @@ class MoDALanguageModel(MoDATransformer):
 
         Args:
             tokens: (B, T), integer.
-            stream: an empty stream; default a :class:`DepthStream` of the right size. Give
-                ``DepthSlots()`` for the functional path, or a :class:`WatchedStream` of either.
+            stream: an empty stream; default a :class:`moda_ops.DepthStream` of the right size. Give
+                ``DepthSlots()`` for the functional path, or a
+                :class:`moda_ops.nn.WatchedStream` of either.
             context: given if tokens are this rank's part of a sequence, as are then the logits; it
                 makes the stream.
         """

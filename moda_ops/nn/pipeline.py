@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from moda_ops.nn.layers import check_tokens, output_layer, rotary_angles
 from moda_ops.nn.model import MoDABlock, MoDALanguageModel, allocate_stream
-from moda_ops.stream.depth_stream import DepthSlots, DepthStream
+from moda_ops.stream.depth_slots import DepthSlots
+from moda_ops.stream.depth_stream import DepthStream
 
 
 class PipelineStage(nn.Module):

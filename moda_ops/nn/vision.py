@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from moda_ops.nn.config import BlockConfig
 from moda_ops.nn.model import MoDATransformer
-from moda_ops.stream.depth_stream import DepthSlots, DepthStream
+from moda_ops.stream.protocol import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class MoDAClassifier(MoDATransformer):
         if module is self.embedding.positions:
             nn.init.normal_(module.weight)
 
-    def forward(self, images: Tensor, stream: DepthSlots | DepthStream | None = None) -> Tensor:
+    def forward(self, images: Tensor, stream: Stream | None = None) -> Tensor:
         """Logits (B, classes) of images.
 
         Args:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from moda_ops.operators.attention import moda_attention
-from moda_ops.stream.depth_stream import DepthSlots, DepthStream
+from moda_ops.stream.protocol import ReadableStream
 
 
 class Reading(NamedTuple):
@@ -56,7 +56,7 @@ class WatchedStream(NamedTuple):
         [(), (0, 1), (0, 1, 2, 3)]
     """
 
-    stream: DepthSlots | DepthStream
+    stream: ReadableStream
     observe: Callable[[Reading], object]
     slots: tuple[int, ...] = ()
     end: int = 0

@@ -1,1 +1,1 @@
-"""The depth stream: one buffer or a list of slots."""
+"""The depth stream: one buffer or a list of slots, and what layers ask of any stream."""

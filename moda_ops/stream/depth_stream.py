@@ -1,13 +1,11 @@
-"""The depth stream of a forward pass: all layers' keys and values, in one buffer or as a list."""
+"""The depth stream of a forward pass in one buffer, which layers write in place."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from moda_ops.operators.arguments import (
     Window,
@@ -19,13 +17,13 @@ from moda_ops.operators.arguments import (
     window_sides,
 )
 from moda_ops.operators.attention import moda_attention
-from moda_ops.operators.attention_varlen import moda_attention_varlen
-from moda_ops.operators.checks import DTYPES, EMPTY_STREAM, Plan, check_both, slots_left, sum_dtype
-from moda_ops.operators.depth_attention import moda_depth_attention
+from moda_ops.operators.checks import DTYPES, Plan, slots_left, sum_dtype
 from moda_ops.operators.other_names import knows_other_names
 from moda_ops.rules.autocast import compute_dtype
-from moda_ops.stream import operators as stream_ops
+from moda_ops.stream import operators as operators  # registers torch.ops.moda.stream_*
+from moda_ops.stream.arguments import check_kept, document_bounds
 from moda_ops.stream.checkpointing import REENTRANT, in_reentrant_forward
+from moda_ops.stream.guard import check_gradients, check_written, mark_without_gradient
 
 
 class DepthStream(NamedTuple):
@@ -234,9 +232,9 @@ class DepthStream(NamedTuple):
         if self._traced():
             return
         if torch.is_grad_enabled():
-            stream_ops.check_gradients(self.buffer)
+            check_gradients(self.buffer)
         elif writes and in_reentrant_forward():
-            stream_ops.mark_without_gradient(self.buffer)
+            mark_without_gradient(self.buffer)
 
     def _cuts_gradients(self) -> bool:
         """Whether the slots need gradients and the mode here is one that would drop them."""
@@ -370,7 +368,7 @@ class DepthStream(NamedTuple):
             v,
             self.buffer,
             self.token,
-            *(_cu_seqlens(cu_seqlens) or (None, None)),
+            *(document_bounds(cu_seqlens) or (None, None)),
             None if self.places is None else self.places[:-1],
             causal=check_bool("causal", causal),
             scale=scale,
@@ -397,7 +395,7 @@ class DepthStream(NamedTuple):
             copy = torch.ops.moda.stream_read(self.buffer, self.token.detach(), places)
             return [copy[i][..., : self.head_dim] for i in range(self.written)]
         there = [i for i in (places or range(self.written)) if i >= 0]
-        stream_ops.check_written(self.buffer, there)
+        check_written(self.buffer, there)
         return [self.buffer[i][..., : self.head_dim] for i in there]
 
     @property
@@ -405,8 +403,18 @@ class DepthStream(NamedTuple):
         """DV, of values."""
         return self.buffer.shape[-1] - self.head_dim
 
+    @knows_other_names
     def attend_sequence(
-        self, q: Tensor, k: Tensor, v: Tensor, **options: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        window: Window | None = None,
+        softcap: float | None = None,
+        plan: Plan = "auto",
     ) -> "tuple[Tensor, DepthStream]":
         """:func:`moda_attention` without depth: no slot is read.
 
@@ -417,11 +425,12 @@ class DepthStream(NamedTuple):
             q: (B, T, HQ, D).
             k: sequence keys (B, S, H, D).
             v: sequence values (B, S, H, DV).
-            options: of :func:`moda_attention`.
+            causal, scale, window, softcap, plan: as in :func:`moda_attention`.
 
         Returns:
             ``out`` (B, T, HQ, DV) and the stream to pass on.
         """
+        options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
         return moda_attention(q, k, v, [], [], **options), self
 
     @knows_other_names
@@ -453,179 +462,6 @@ class DepthStream(NamedTuple):
         return self.attend(q, k, v, causal=False, scale=scale, softcap=softcap)
 
 
-_without_gradient = WeakTensorKeyDictionary()
-"""The keys that a reentrant checkpoint wrote to a DepthSlots in its pass without gradients."""
-
-
-class DepthSlots(NamedTuple):
-    """The same stream as a list: every slot is the tensor that its layer made, nothing is copied.
-
-    The functional path: :func:`moda_attention` with its list of slots behind the interface of
-    :class:`DepthStream`. Any number of slots, no preallocation, and no rule to keep. But the
-    gradients of a slot's readers are added up outside the kernels, L (L - 1) additions for L
-    layers, and a compiled block recompiles for every number of slots.
-
-    Attributes:
-        k: keys (B, T, H, D) of each slot.
-        v: values (B, T, H, DV) of each slot.
-
-    Example:
-        >>> stream, x = DepthSlots(), torch.randn(2, 16, 4, 32, requires_grad=True)
-        >>> for layer in range(3):
-        ...     stream = stream.write(x[:, :, :2].sin(), x[:, :, :2].cos())
-        ...     x, stream = stream.attend(x)
-        >>> x.shape, stream.written
-        (torch.Size([2, 16, 4, 32]), 3)
-    """
-
-    k: tuple[Tensor, ...] = ()
-    v: tuple[Tensor, ...] = ()
-
-    def __repr__(self) -> str:
-        if not self.k:
-            return "DepthSlots(written=0)"
-        if not isinstance(self.k[-1], Tensor):
-            return f"DepthSlots{tuple(self)}"
-        k, v = (f"{name}={tuple(x.shape)}" for name, x in (("k", self.k[-1]), ("v", self.v[-1])))
-        x = self.k[-1]
-        return f"DepthSlots(written={self.written}, {k}, {v}, dtype={x.dtype}, device='{x.device}')"
-
-    @property
-    def written(self) -> int:
-        """How many slots are written."""
-        return len(self.k)
-
-    def write(self, k: Tensor, v: Tensor) -> "DepthSlots":
-        """The stream with one more slot: k (B, T, H, D) and v (B, T, H, DV)."""
-        check_tensors(k=k, v=v)
-        self._check_reentrant()
-        if not torch.is_grad_enabled():
-            k, v = k.detach(), v.detach()  # as a write into a buffer does
-        eager = not torch.compiler.is_compiling()
-        if eager and not torch.is_grad_enabled() and in_reentrant_forward():
-            _without_gradient[k] = True
-        return DepthSlots((*self.k, k), (*self.v, v))
-
-    def _check_reentrant(self) -> None:
-        """Raise RuntimeError where a slot should have a gradient that a checkpoint has dropped."""
-        if torch.compiler.is_compiling() or not (_without_gradient and torch.is_grad_enabled()):
-            return
-        if any(k in _without_gradient and not k.requires_grad for k in self.k):
-            raise RuntimeError(REENTRANT)
-
-    def keep(self, slots: Sequence[int]) -> "DepthSlots":
-        """The stream without all other slots; see :meth:`DepthStream.keep`.
-
-        A dropped slot is freed with the last that refers to it: at once, or, in training, when
-        backward has passed the layers that read it. Where the newest slot is dropped, the newest of
-        the others is the sequence that ``attend`` takes.
-        """
-        check_kept(slots, self.written)
-        return DepthSlots(tuple(self.k[i] for i in slots), tuple(self.v[i] for i in slots))
-
-    @knows_other_names
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor | None = None,
-        v: Tensor | None = None,
-        *,
-        causal: bool = True,
-        scale: float | None = None,
-        window: Window | None = None,
-        softcap: float | None = None,
-        plan: Plan = "auto",
-        cu_seqlens: tuple[Tensor, Tensor] | None = None,
-    ) -> "tuple[Tensor, DepthSlots]":
-        """``out`` (B, T, HQ, DV) and the stream to pass on; see :meth:`DepthStream.attend`."""
-        options: Any = dict(causal=causal, scale=scale, window=window, softcap=softcap, plan=plan)
-        out, _, stream = self.attend_with_lse(q, k, v, **options, cu_seqlens=cu_seqlens)
-        return out, stream
-
-    def attend_with_lse(
-        self,
-        q: Tensor,
-        k: Tensor | None = None,
-        v: Tensor | None = None,
-        *,
-        cu_seqlens: tuple[Tensor, Tensor] | None = None,
-        **options: Any,
-    ) -> "tuple[Tensor, Tensor, DepthSlots]":
-        """:meth:`attend`, and ``lse`` (B, HQ, T) before the stream."""
-        self._check_reentrant()
-        check_both("k", k, "v", v)
-        k_depth, v_depth = list(self.k), list(self.v)
-        if k is None or v is None:
-            if not self.k:
-                raise ValueError(EMPTY_STREAM)
-            k, v = k_depth.pop(), v_depth.pop()
-        packed = _cu_seqlens(cu_seqlens)
-        if not packed:
-            out, lse = moda_attention(q, k, v, k_depth, v_depth, **options, return_lse=True)
-            return out, lse, self
-        check_tensors(q=q)
-        if q.shape[0] != 1:
-            raise ValueError(f"packed documents need a batch of B = 1, got B = {q.shape[0]}")
-        q, k, v, *depth = (x.squeeze(0) for x in (q, k, v, *k_depth, *v_depth))
-        k_depth, v_depth = depth[: len(k_depth)], depth[len(k_depth) :]
-        out, lse = moda_attention_varlen(
-            q, k, v, k_depth, v_depth, *packed, **options, return_lse=True
-        )
-        return out.unsqueeze(0), lse.unsqueeze(0), self
-
-    def keys(self) -> list[Tensor]:
-        """The keys (B, T, H, D) of every slot that is there."""
-        return list(self.k)
-
-    @property
-    def value_dim(self) -> int:
-        """DV, of values."""
-        if not self.v:
-            raise ValueError("value_dim is not known before the first slot is written")
-        return self.v[0].shape[-1]
-
-    def attend_sequence(
-        self, q: Tensor, k: Tensor, v: Tensor, **options: Any
-    ) -> "tuple[Tensor, DepthSlots]":
-        """``out`` (B, T, HQ, DV) without depth; see :meth:`DepthStream.attend_sequence`."""
-        return moda_attention(q, k, v, [], [], **options), self
-
-    @knows_other_names
-    def attend_depth(
-        self, q: Tensor, *, scale: float | None = None, softcap: float | None = None
-    ) -> "tuple[Tensor, DepthSlots]":
-        """``out`` (B, T, HQ, DV) of depth alone; see :meth:`DepthStream.attend_depth`."""
-        self._check_reentrant()
-        k, v = list(self.k), list(self.v)
-        return moda_depth_attention(q, k, v, scale=scale, softcap=softcap), self
-
-
-for _stream in (DepthStream, DepthSlots):  # for torch.export.save and load
-    _register_namedtuple(_stream, serialized_type_name=f"moda_ops.{_stream.__name__}")
-    torch.serialization.add_safe_globals([_stream])
-
-
-def check_kept(slots: object, written: int) -> None:
-    """Raise unless these are some of ``written`` slots, ascending."""
-    if not isinstance(slots, Sequence) or any(
-        isinstance(slot, bool) or not isinstance(slot, (int, torch.SymInt)) for slot in slots
-    ):
-        raise TypeError(f"slots must be a sequence of ints, got {slots!r}")
-    if any(b <= a for a, b in pairwise(slots)):
-        raise ValueError(f"slots must be ascending, got {list(slots)}")
-    for slot in slots:
-        if not 0 <= slot < written:
-            allowed = f"within 0..{written - 1}" if written else "empty, because none is written"
-            raise ValueError(f"slots must be {allowed}, got {slot}")
-
-
-def _cu_seqlens(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | tuple[()]:
-    if pair is None:
-        return ()
-    if not isinstance(pair, tuple) or len(pair) != 2:
-        raise TypeError(
-            "cu_seqlens must be None or a pair (cu_seqlens_q, cu_seqlens_k), got "
-            f"{type(pair).__name__}"
-        )
-    check_tensors(cu_seqlens_q=pair[0], cu_seqlens_k=pair[1])
-    return pair
+# For torch.export.save and load.
+_register_namedtuple(DepthStream, serialized_type_name="moda_ops.DepthStream")
+torch.serialization.add_safe_globals([DepthStream])

@@ -15,20 +15,17 @@ that reader begins a dropped slot's gradient, with zeros, to which those before 
 declared as a mutation, every layer's buffer would be a value of its own that backward has to save.
 What makes this sound: a slot is written once, before any reader of it, which descends from the
 write's token; no slot is read that the token in hand does not cover; and writing again the same
-values, as activation checkpointing does, changes nothing. ``_claim`` and ``check_written`` hold
-every real call to it.
+values, as activation checkpointing does, changes nothing. :mod:`moda_ops.stream.guard` holds every
+real call to it.
 """
 
-import os
-import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from moda_ops.operators import definition as ops
 from moda_ops.operators.checks import (
@@ -45,40 +42,12 @@ from moda_ops.rules.autocast import Autocast
 from moda_ops.rules.autograd import no_derivative, register_autograd
 from moda_ops.rules.flops import known_documents, visible_pairs
 from moda_ops.rules.operator import Operator, define
-from moda_ops.stream.checkpointing import (
-    REENTRANT,
-    in_reentrant_forward,
-    recomputation,
-)
-
-
-class _Record:
-    """What is known of one buffer: which slots are written, one bit each, and who allocated it."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self.storage = StorageWeakRef(buffer.untyped_storage())
-        self.written = 0
-        self.backward = torch._C._current_graph_task_id()  # -1 outside of any
-        self.inside_reentrant = not torch.is_grad_enabled() and in_reentrant_forward()
-        self.without_gradient = False  # written in the first pass of a reentrant checkpoint
-
-
-_records: dict[int, _Record] = {}
-"""The record of every living buffer, by the address of its storage's control block.
-
-A record's weak reference keeps the control block, so no other storage gets the same address.
-"""
-_lock = threading.RLock()  # of a record's bits; reentrant: the garbage collector may run code
-_DEBUG = os.environ.get("MODA_DEBUG") == "1"
+from moda_ops.stream.guard import check_written, claim, remember
 
 
 def _buffer(unique: Tensor, shape: Sequence[int]) -> Tensor:
     buffer = unique.new_empty(shape)
-    for key, record in list(_records.items()):  # which keeps the records, so their keys stay theirs
-        if record.storage.expired():
-            _records.pop(key, None)
-    record = _Record(buffer)
-    _records[record.storage.cdata] = record
+    remember(buffer)
     return buffer
 
 
@@ -86,126 +55,22 @@ def _buffer_fake(unique: Tensor, shape: Sequence[int]) -> Tensor:
     return unique.new_empty(shape)
 
 
-def _record(buffer: Tensor) -> _Record | None:
-    """None if this is not a stream's own memory, but a copy or a plain tensor."""
-    record = _records.get(buffer.untyped_storage()._cdata)
-    return None if buffer.storage_offset() else record
-
-
-def _capturing(buffer: Tensor) -> bool:
-    return buffer.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _check_still_inside(record: _Record) -> None:
-    """Raise RuntimeError if the stream has left the reentrant checkpoint that allocated it."""
-    if record.inside_reentrant and not in_reentrant_forward():
-        raise RuntimeError(REENTRANT)
-
-
-def mark_without_gradient(buffer: Tensor) -> None:
-    """Note that a reentrant checkpoint writes to it in its pass without gradients."""
-    if record := _record(buffer):
-        record.without_gradient = True
-
-
-def check_gradients(buffer: Tensor) -> None:
-    """Raise RuntimeError where a slot should have a gradient that such a pass has dropped."""
-    record = _record(buffer)
-    if record and record.without_gradient and not in_reentrant_forward():
-        raise RuntimeError(REENTRANT)
-
-
-def _refuse_copy() -> NoReturn:
-    raise RuntimeError(
-        "this is a copy of a depth stream (cloned, cast, moved, unpickled, or what a CUDA graph "
-        "returned), so it is not known which of its slots are written: go on with the stream "
-        "itself, or move it with stream.to(device)"
-    )
-
-
-def _claim(buffer: Tensor, slot: int) -> bool:
-    """Mark a slot as written; whether a recomputation writes it again. Raise if it may not."""
-    record = _record(buffer)
-    if record is None:
-        if _capturing(buffer):
-            raise RuntimeError(
-                "a CUDA graph that is being captured would write to a copy of the depth stream; "
-                "allocate the DepthStream inside the captured function"
-            )
-        if recomputation() in ("checkpoint", "compiled"):
-            return False  # a hook has brought it back from the CPU: only this block reads it
-        _refuse_copy()
-    _check_still_inside(record)
-    with _lock:
-        again = bool(record.written >> slot & 1)
-        record.written |= 1 << slot
-    if again or torch._C._current_graph_task_id() != record.backward:
-        kind = recomputation()
-        if kind == "reentrant":
-            raise RuntimeError(REENTRANT)
-        if again and kind is None:
-            raise RuntimeError(
-                f"slot {slot} of the depth stream is written twice: a stream value can be "
-                "continued once; allocate a new DepthStream for every forward pass"
-            )
-    return again
-
-
-def check_written(buffer: Tensor, places: Sequence[int], *, forward: bool = True) -> None:
-    """Raise RuntimeError if one of these slots holds nothing, as far as it is known.
-
-    Two kinds of copies are read: what a hook has moved to the CPU and back, in backward, and what a
-    CUDA graph makes of its inputs. A meta tensor holds nothing that could be wrong.
-    """
-    if buffer.is_meta:
-        return
-    record = _record(buffer)
-    if record is None:
-        in_backward = torch._C._current_graph_task_id() != -1 or recomputation() is not None
-        if forward and not in_backward and not _capturing(buffer):
-            _refuse_copy()
-        return
-    if forward:
-        _check_still_inside(record)
-    if not all(record.written >> place & 1 for place in places):
-        raise RuntimeError(
-            f"the depth stream's buffer has only {record.written.bit_count()} of the "
-            f"{len(places)} slots that are read from it: a compiler has moved or recomputed its "
-            "allocation; allocate the DepthStream outside of the compiled function"
-        )
-
-
-def _check_same(slot: int, first: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise RuntimeError unless a recomputation gives the values that this slot holds."""
-    again = torch.cat([k, v], -1)
-    if not torch.equal(first.isnan(), again.isnan()) or not torch.equal(
-        first.nan_to_num(), again.nan_to_num()
-    ):
-        difference = (first.double() - again.double()).abs().max().item()
-        raise RuntimeError(
-            f"slot {slot} of the depth stream is recomputed with other values: the greatest "
-            f"difference is {difference:.3g}. A checkpointed block must compute the same again; "
-            "look for dropout, autocast or state that differs between forward and backward"
-        )
-
-
-def _token(token: Tensor, slots: int) -> Tensor:
+def _new_token(token: Tensor, slots: int) -> Tensor:
     return token.new_empty_strided((slots, *token.shape[1:]), (0,) * token.dim())
 
 
 def _write(k: Tensor, v: Tensor, buffer: Tensor, token: Tensor, slot: int | None = None) -> Tensor:
     slot = check_stream_write(k, v, buffer, token, slot)
-    if _claim(buffer, slot) and _DEBUG:
-        _check_same(slot, buffer[slot], k, v)
+    claim(buffer, slot, k, v)
     torch.cat([k, v], -1, out=buffer.data[slot])
-    return _token(token, token.shape[0] + 1)
+    return _new_token(token, token.shape[0] + 1)
 
 
 def _write_fake(
     k: Tensor, v: Tensor, buffer: Tensor, token: Tensor, slot: int | None = None
 ) -> Tensor:
     check_stream_write(k, v, buffer, token, slot)
-    return _token(token, token.shape[0] + 1)
+    return _new_token(token, token.shape[0] + 1)
 
 
 def _write_setup_context(
@@ -272,7 +137,7 @@ class _Kept(NamedTuple):
         rows = [row for row, place in enumerate(places) if place >= 0]
         return cls(rows, [places[row] for row in rows])
 
-    def depth(self, L: int) -> "_Kept":
+    def first(self, L: int) -> "_Kept":
         return _Kept(self.rows[:L], self.places[:L])
 
     @property
@@ -285,7 +150,7 @@ def _evenly_spaced(slots: Sequence[int]) -> bool:
     return isinstance(slots, range) or len({b - a for a, b in pairwise(slots)}) <= 1
 
 
-def _depth(
+def _keys_and_values(
     x: Tensor, slots: Sequence[int], D: int, packed: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of some slots of x: each one packed tensor (B, T, L, H, ..), or a list."""
@@ -328,16 +193,16 @@ def _attention(
     kept, D = _Kept.of(token.shape[0], places), q.shape[-1]
     check_written(buffer, kept.places)
     k, v, L = _sequence(k, v, buffer, kept.places, D)
-    depth = kept.depth(L)
+    depth = kept.first(L)
     out, lse = ops.implementation(q).attention(
         q,
         k,
         v,
-        *_depth(buffer, depth.places, D, depth.packed),
+        *_keys_and_values(buffer, depth.places, D, depth.packed),
         *opts.resolved(D),
         cu_seqlens=_pair(*cu_seqlens),
     )
-    return out, lse, _token(token, len(kept.rows))
+    return out, lse, _new_token(token, len(kept.rows))
 
 
 def _attention_fake(
@@ -356,7 +221,7 @@ def _attention_fake(
     B, T, HQ, D = q.shape
     out = q.new_empty(B, T, HQ, buffer.shape[-1] - D)
     lse = q.new_empty(B, HQ, T, dtype=lse_dtype(q))
-    return out, lse, _token(token, slots_left(token.shape[0], places))
+    return out, lse, _new_token(token, slots_left(token.shape[0], places))
 
 
 def _attention_setup_context(
@@ -436,23 +301,23 @@ def _attention_backward(
     if dtoken is not None and not dk_dv:
         running = _sequence(None, None, dtoken, range(len(dtoken)), D)[:2]
     k, v, L = _sequence(k, v, buffer, kept.places, D)
-    depth = kept.depth(L)
+    depth = kept.first(L)
     packed = depth.packed
     handed = None
     if dtoken is not None:
-        handed = (*running, *_depth(dtoken, range(L), D, packed))
+        handed = (*running, *_keys_and_values(dtoken, range(L), D, packed))
     dq, *_ = ops.implementation(q).attention_backward(
         dout,
         dlse,
         q,
         k,
         v,
-        *_depth(buffer, depth.places, D, packed),
+        *_keys_and_values(buffer, depth.places, D, packed),
         out,
         lse,
         *opts.resolved(D),
         cu_seqlens=_pair(*cu_seqlens),
-        grads=(*into, *_depth(grads, depth.rows, D, packed)),
+        grads=(*into, *_keys_and_values(grads, depth.rows, D, packed)),
         running=handed,
     )
     return dq, dk_dv, grads
@@ -502,7 +367,7 @@ def _check_attention_backward(
     places: Sequence[int] | None,
     options: Options,
 ) -> None:
-    token = _token(buffer[:0].to(grad_dtype), slots)
+    token = _new_token(buffer[:0].to(grad_dtype), slots)
     cu_seqlens = cu_seqlens_q, cu_seqlens_k
     sizes = check_stream_attention(q, k, v, buffer, token, *cu_seqlens, places, options)
     check_backward(sizes, ("B T HQ DV", "B HQ T"), dout, dlse, out, lse)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moda_ops.nn import MoDABlock, MoDAConfig, MoDALanguageModel, generate
-from moda_ops.stream.depth_stream import DepthSlots
+from moda_ops.stream.depth_slots import DepthSlots
 from moda_ops.tools.selfcheck import operator_errors
 
 FILES = ("checkpoint.pt", "loss.png", "sample.txt")

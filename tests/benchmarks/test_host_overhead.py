@@ -25,7 +25,7 @@ from moda_kernels import (
 )
 from moda_ops import DepthStream, moda_attention, moda_decode
 from moda_ops.operators import definition as ops
-from moda_ops.stream import operators as stream_ops
+from moda_ops.stream import guard
 
 BACKWARD = backward_delta, backward_depth, backward_dq, backward_dkv
 PASSES = forward, *BACKWARD, decode_split, decode_merge, slots
@@ -125,7 +125,7 @@ def test_stream(benchmark: Any, call: str) -> None:
             stream = stream.write(x, x)
         buffer, token = stream.buffer, stream.token
         if call == "write":
-            record = stream_ops._record(buffer)
+            record = guard.record_of(buffer)
             assert record is not None
 
             def write() -> None:
