@@ -46,10 +46,10 @@ def _moda_decode_merge_kernel(
 
 @prepared
 def _prepare(p: Problem, splits: int, out: Layout) -> Launch:
-    BLOCK_DV = tuning.block_dim(p.DV)
+    tile = tuning.decode_merge_tile(p.DV)
     return Launch(
         _moda_decode_merge_kernel, p.B * p.T * p.H * p.G, p.B, p.T, p.H * p.G, splits,
-        DV=p.DV, BLOCK_S=4096 // BLOCK_DV, BLOCK_DV=BLOCK_DV, num_warps=2,
+        DV=p.DV, BLOCK_DV=tuning.block_dim(p.DV), **tile._asdict(),
     )  # fmt: skip
 
 

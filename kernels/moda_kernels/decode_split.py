@@ -42,10 +42,9 @@ FARTHEST: tl.constexpr = tl.constexpr(2**30)
 def _append(
     k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_new_strides, v_new_strides, k_strides, v_strides, table_ptr, table_stride,
     pages, b, j, origin, begin, end, T, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Write the new tokens, at origin.., whose positions are begin..end."""
-    BLOCK_T: tl.constexpr = 16
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     for start in range(0, T, BLOCK_T):
@@ -125,7 +124,7 @@ def _moda_decode_split_kernel(
     B, T, S, L, H, pages, splits,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_T: tl.constexpr, DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T * G, BLOCK_M)
     tile = tl.program_id(0) % tiles  # side by side: those that read the same keys
@@ -162,7 +161,7 @@ def _moda_decode_split_kernel(
         if (origin < end) & (origin + T > begin):
             _append(
                 k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_new_strides, v_new_strides, k_strides, v_strides,
-                table_ptr, table_stride, pages, b, j, origin, begin, end, T, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE,
+                table_ptr, table_stride, pages, b, j, origin, begin, end, T, D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, PAGE_SIZE,
             )  # fmt: skip
     m_i, l_i, acc = _attend_cache(
         q, m_i, l_i, acc, k_ptr, v_ptr, k_strides, v_strides, table_ptr, table_stride, pages, b, j,
@@ -200,7 +199,7 @@ def _prepare(
         q.strides[:3], k.strides[:3], v.strides[:3], k_new and k_new.strides[:3], v_new and v_new.strides[:3],
         table.strides[0] if table else 0, p.scale, p.left, p.softcap, p.B, p.T, p.S, p.L, p.H, k.shape[0], splits,
         G=p.G, D=p.D, DV=p.DV, PAGE_SIZE=k.shape[1] if table else 0,
-        BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
+        BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV), BLOCK_T=tuning.APPEND_BLOCK_T,
         ALIGNED=depth.aligned, **tile._asdict(), **depth_tile._asdict(),
     )  # fmt: skip
 

@@ -17,8 +17,6 @@ from moda_kernels.common import base2_log_p, base2_scores, load_rows, slot_rows
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 
-RUN = 32  # tokens of a program
-
 
 @triton.jit(do_not_specialize=["T", "L", "stride_lb", "stride_lh", "stride_lt"])
 def _moda_depth_mass_kernel(
@@ -65,15 +63,16 @@ def _moda_depth_mass_kernel(
 def _prepare(p: Problem, q: Layout, lse: Layout, depth: DepthLayout) -> Launch:
     tile = tuning.depth_mass_tile(q.dtype, p.G, p.D)
     return Launch(
-        _moda_depth_mass_kernel, triton.cdiv(p.T, RUN) * p.B * p.H,
+        _moda_depth_mass_kernel, triton.cdiv(p.T, tile.RUN) * p.B * p.H,
         q.strides[:3], *lse.strides, p.scale, p.softcap, p.B, p.T, p.L, p.H,
-        RUN=RUN, G=p.G, D=p.D, BLOCK_D=tuning.block_dim(p.D), ALIGNED=depth.aligned, **tile._asdict(),
+        G=p.G, D=p.D, BLOCK_D=tuning.block_dim(p.D), ALIGNED=depth.aligned, **tile._asdict(),
     )  # fmt: skip
 
 
 def launch_depth_mass(p: Problem, q: Tensor, k_depth: list[Tensor], lse: Tensor) -> Tensor:
     """(B, HQ, L) in float32, contiguous; T and L >= 1."""
-    runs = q.new_empty(triton.cdiv(p.T, RUN), p.B, p.H * p.G, p.L, dtype=torch.float32)
+    tile = tuning.depth_mass_tile(q.dtype, p.G, p.D)
+    runs = q.new_empty(triton.cdiv(p.T, tile.RUN), p.B, p.H * p.G, p.L, dtype=torch.float32)
     (depth,), depth_layout = depth_pointers(k_depth)
     _prepare(p, layout(q), layout(lse), depth_layout)(q, depth, lse, runs)
     return runs.sum(0)

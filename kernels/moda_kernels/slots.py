@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moda_kernels import tuning
 from moda_kernels.prepared import Launch, layout
-
-_WORDS = 128  # per launch; a CUDA kernel takes at most 4 KB of arguments
 
 
 @triton.jit
@@ -32,8 +31,9 @@ def _write_words(device: torch.device) -> Launch:
     """``_moda_slot_table_kernel``, compiled for any words: Triton makes a constant of a 1, and takes 32 bits
     for a number that fits, so that it must see large ones first.
     """
-    launch = Launch(_moda_slot_table_kernel, 1, num_warps=1)
-    launch(torch.empty(_WORDS, dtype=torch.int64, device=device), (2**62 + 1,) * _WORDS)
+    most, num_warps = tuning.SLOT_TABLE
+    launch = Launch(_moda_slot_table_kernel, 1, num_warps=num_warps)
+    launch(torch.empty(most, dtype=torch.int64, device=device), (2**62 + 1,) * most)
     return launch
 
 
@@ -72,11 +72,12 @@ def depth_pointers(*depths: list[Tensor]) -> tuple[list[Any], DepthLayout]:
     for stride_b, stride_t, stride_h, _ in layouts:
         words += stride_b, stride_t, stride_h
         misaligned |= (stride_b | stride_t | stride_h) * first.element_size()
-    words += [0] * (-len(words) % _WORDS)
+    most = tuning.SLOT_TABLE.words
+    words += [0] * (-len(words) % most)
     table = torch.empty(len(words), dtype=torch.int64, device=first.device)
     write = _write_words(first.device)
-    for start in range(0, len(words), _WORDS):
-        write(table[start:], tuple(words[start : start + _WORDS]))
+    for start in range(0, len(words), most):
+        write(table[start:], tuple(words[start : start + most]))
     strides = table[part * len(depths) :]
     pointers = [(table[part * i :], strides) for i in range(len(depths))]
     return pointers, DepthLayout(misaligned % 16 == 0, False, tuple(depth[0].dtype for depth in depths))

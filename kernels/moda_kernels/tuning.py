@@ -12,6 +12,7 @@ import torch
 import triton
 
 DECODE_SPLITS = 128  # at most: parts of a sequence's keys that a decoding step merges
+APPEND_BLOCK_T = 16  # new tokens that a decoding program writes at a time
 
 
 def split_forward(G: int, D: int, DV: int, causal: bool, apart: bool) -> float:
@@ -67,6 +68,50 @@ class DepthTile(NamedTuple):
     BLOCK_L: int
     num_warps: int
     num_stages: int
+
+
+class DepthMassTile(NamedTuple):
+    """RUN tokens, by BLOCK_T of them and BLOCK_G query heads against BLOCK_L slots."""
+
+    RUN: int
+    BLOCK_T: int
+    BLOCK_G: int
+    BLOCK_L: int
+    num_warps: int
+    num_stages: int
+
+
+class DeltaTile(NamedTuple):
+    """BLOCK_T tokens of one query head."""
+
+    BLOCK_T: int
+    num_warps: int
+
+
+class BandsTile(NamedTuple):
+    """BLOCK tokens, and as many keys."""
+
+    BLOCK: int
+    num_warps: int
+
+
+class DecodeMergeTile(NamedTuple):
+    """BLOCK_S parts of a row at a time."""
+
+    BLOCK_S: int
+    num_warps: int
+
+
+class SlotTable(NamedTuple):
+    """How many words of a table of slots one program writes: it takes them as arguments, at most 4 KB."""
+
+    words: int
+    num_warps: int
+
+
+BACKWARD_DELTA = DeltaTile(BLOCK_T=64, num_warps=4)
+BANDS = BandsTile(BLOCK=128, num_warps=4)
+SLOT_TABLE = SlotTable(words=128, num_warps=1)
 
 
 def block_dim(head_dim: int) -> int:
@@ -167,12 +212,13 @@ def backward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> DepthTil
     return DepthTile(1, BLOCK_G, 16, 1, 2)
 
 
-def depth_mass_tile(dtype: torch.dtype, G: int, D: int) -> DepthTile:
+@lru_cache
+def depth_mass_tile(dtype: torch.dtype, G: int, D: int) -> DepthMassTile:
     """A token by a warp, as in the forward over depth; wide groups go by in parts."""
     width = block_dim(D)
     if dtype is torch.float32:
-        return DepthTile(1, 16, 16, 4, 1)
-    return DepthTile(1, min(triton.next_power_of_2(G), 4096 // width), 16, 1, 2)
+        return DepthMassTile(32, 1, 16, 16, 4, 1)
+    return DepthMassTile(32, 1, min(triton.next_power_of_2(G), 4096 // width), 16, 1, 2)
 
 
 def backward_dq_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int) -> Tile:
@@ -242,3 +288,7 @@ def decode_splits(device: torch.device, tile: Tile, key_bytes: int, programs: in
     in_flight = tile.num_stages * tile.BLOCK_N * key_bytes
     wanted = (1 if in_flight > 65_536 else 2) * multiprocessors(device) // programs
     return max(1, min(wanted, triton.cdiv(S, 2 * tile.BLOCK_N), DECODE_SPLITS))
+
+
+def decode_merge_tile(DV: int) -> DecodeMergeTile:
+    return DecodeMergeTile(4096 // block_dim(DV), 2)
