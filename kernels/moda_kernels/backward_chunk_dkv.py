@@ -40,9 +40,8 @@ def _moda_backward_chunk_dkv_kernel(
     slots = offs_e % L
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    k_rows = slot_rows(k_depth, b, j, owners, slots, ok, dtype, ALIGNED)
-    v_rows = slot_rows(v_depth, b, j, owners, slots, ok, dtype, ALIGNED)
+    k_rows = slot_rows(k_depth, b, j, owners, slots, ok, ALIGNED)
+    v_rows = slot_rows(v_depth, b, j, owners, slots, ok, ALIGNED)
     k = load_rows(k_rows[:, None] + offs_d[None, :], ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
     v = load_rows(v_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV)  # [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -75,11 +74,11 @@ def _moda_backward_chunk_dkv_kernel(
             ds *= softcap_slope(scores, softcap)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
-    dk_rows = slot_rows(dk_depth, b, j, owners, slots, ok, dtype, ALIGNED)
-    dv_rows = slot_rows(dv_depth, b, j, owners, slots, ok, dtype, ALIGNED)
-    dk = (dk * scale).to(dtype)
+    dk_rows = slot_rows(dk_depth, b, j, owners, slots, ok, ALIGNED)
+    dv_rows = slot_rows(dv_depth, b, j, owners, slots, ok, ALIGNED)
+    dk = (dk * scale).to(dk_rows.dtype.element_ty)
     tl.store(dk_rows[:, None] + offs_d[None, :], dk, mask=ok[:, None] & (offs_d < D)[None, :])
-    tl.store(dv_rows[:, None] + offs_dv[None, :], dv.to(dtype), mask=ok[:, None] & (offs_dv < DV)[None, :])
+    tl.store(dv_rows[:, None] + offs_dv[None, :], dv.to(dv_rows.dtype.element_ty), mask=ok[:, None] & (offs_dv < DV)[None, :])
 
 
 @prepared

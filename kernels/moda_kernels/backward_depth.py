@@ -62,14 +62,13 @@ def _delta(
 
 @triton.jit
 def _store_gradient(
-    depth, running, grad, b, j, offs_t, offs_l, l_ok, ok, offs_d, D: tl.constexpr, dtype: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):  # fmt: skip
+    depth, running, grad, b, j, offs_t, offs_l, l_ok, ok, offs_d, D: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Write the gradient [BLOCK_T, BLOCK_L, BLOCK_D] of a block of slots, plus what is running."""
     if running is not None:
-        rows = slot_rows(running, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
+        rows = slot_rows(running, b, j, offs_t[:, None], offs_l, l_ok, ALIGNED)
         grad += load_rows(rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
-    rows = slot_rows(depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
+    rows = slot_rows(depth, b, j, offs_t[:, None], offs_l, l_ok, ALIGNED)
     mask = ok[:, :, None] & (offs_d < D)[None, None, :]
     tl.store(rows[:, :, None] + offs_d[None, None, :], grad.to(rows.dtype.element_ty), mask=mask)
 
@@ -80,7 +79,7 @@ def _moda_backward_depth_kernel(
     k_running, v_running, q_strides, dout_strides, out_strides, stride_lb, stride_lh, stride_lt, scale, softcap, B, T, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGNED: tl.constexpr,
-    FINISHED: tl.constexpr, GRAD: tl.constexpr,
+    FINISHED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % (B * H)
     b = (head // H).to(tl.int64)
@@ -111,8 +110,8 @@ def _moda_backward_depth_kernel(
         offs_l = start + tl.arange(0, BLOCK_L)
         l_ok = offs_l < L
         ok = (offs_t < T)[:, None] & l_ok[None, :]
-        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
-        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
+        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, l_ok, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, l_ok, ALIGNED)
         k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
         v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV)
         dk = tl.zeros([BLOCK_T, BLOCK_L, BLOCK_D], tl.float32)
@@ -147,8 +146,8 @@ def _moda_backward_depth_kernel(
                     share += load_rows(dq_ptrs, dq_ok, offs_d, D)
                 tl.store(dq_ptrs, share, mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])
                 tl.debug_barrier()  # other threads may read these rows for the next slot block
-        _store_gradient(dk_depth, k_running, dk * scale, b, j, offs_t, offs_l, l_ok, ok, offs_d, D, GRAD, ALIGNED)
-        _store_gradient(dv_depth, v_running, dv, b, j, offs_t, offs_l, l_ok, ok, offs_dv, DV, GRAD, ALIGNED)
+        _store_gradient(dk_depth, k_running, dk * scale, b, j, offs_t, offs_l, l_ok, ok, offs_d, D, ALIGNED)
+        _store_gradient(dv_depth, v_running, dv, b, j, offs_t, offs_l, l_ok, ok, offs_dv, DV, ALIGNED)
     if ONE_PASS:
         dq_ptrs = (dq_base + offs_g[None, :] * D)[:, :, None] + offs_d[None, None, :]
         dq_ok = (offs_t < T)[:, None] & (offs_g < G)[None, :]
@@ -164,7 +163,7 @@ def _moda_backward_depth_kernel(
 @prepared
 def _prepare(
     p: Problem, q: Layout, dout: Layout, out: Layout, lse: Layout, dlse: Layout | None, dq_sequence: Layout | None,
-    depth: DepthLayout, grad_dtype: torch.dtype, finished: bool,
+    depth: DepthLayout, finished: bool,
 ) -> Launch:  # fmt: skip
     tile = tuning.backward_depth_tile(q.dtype, p.G, p.D, p.DV)
     return Launch(
@@ -172,7 +171,7 @@ def _prepare(
         q.strides[:3], dout.strides[:3], out.strides[:3], *(dlse.strides if dlse else (None,) * 3),
         p.scale, p.softcap, p.B, p.T, p.L, p.H,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
-        ALIGNED=depth.aligned, FINISHED=finished, GRAD=getattr(tl, str(grad_dtype).removeprefix("torch.")), **tile._asdict(),
+        ALIGNED=depth.aligned, FINISHED=finished, **tile._asdict(),
     )  # fmt: skip
 
 
@@ -196,7 +195,7 @@ def launch_backward_depth(
     else:
         delta = launch_delta(p, dout, out, dlse)
     tensors = q, dout, out, lse, dlse, dq_sequence
-    launch = _prepare(p, *map(layout, tensors), depth_layout, depths[2][0].dtype, finished)
+    launch = _prepare(p, *map(layout, tensors), depth_layout, finished)
     launch(q, dout, out, lse, dlse, delta, dq, share, *depth, *[None] * (6 - len(depth)))
     if p.S == 0 and not finished:
         dq = dq.mul_(p.scale).to(q.dtype)

@@ -217,21 +217,22 @@ def load_rows(ptrs, rows_ok, offs_d, D: tl.constexpr):
 
 
 @triton.jit
-def slot_rows(depth, b, j, offs_t, offs_l, l_ok, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+def slot_rows(depth, b, j, offs_t, offs_l, l_ok, ALIGNED: tl.constexpr):
     """Pointers [.., BLOCK_L] to rows (b, t, j) of depth slots ``offs_l``; ``offs_t`` is [.., 1], or
     [BLOCK_L] for one token to each slot.
 
-    ``depth`` is (words, strides), see moda_kernels.slots, or, for a packed tensor, (pointer, stride_b,
-    stride_t, stride_l, stride_h). ALIGNED: every row of every slot starts on 16 bytes, which lets
-    loads be vectorized although addresses come from memory.
+    ``depth`` is (words, (strides, dtype)), see moda_kernels.slots, or, for a packed tensor, (pointer,
+    (stride_b, stride_t, stride_l, stride_h)): both know the slots' dtype, which need not be q's. ALIGNED:
+    every row of every slot starts on 16 bytes, which lets loads be vectorized although addresses come from
+    memory.
     """
     t = offs_t.to(tl.int64)
     PAIRS: tl.constexpr = len(offs_t.shape) == 1
-    if len(depth) == 2:
+    if len(depth[1]) == 2:
         word = tl.load(depth[0] + offs_l, mask=l_ok, other=0)
-        strides = depth[1] + (word >> 50) * 3
+        strides = depth[1][0] + (word >> 50) * 3
         start = b * tl.load(strides) + j * tl.load(strides + 2)
-        rows = (word & ((1 << 50) - 1)).to(tl.pointer_type(dtype)) + start
+        rows = (word & ((1 << 50) - 1)).to(tl.pointer_type(depth[1][1])) + start
         if PAIRS:
             rows = rows + t * tl.load(strides + 1)
             return tl.multiple_of(rows, [16]) if ALIGNED else rows
@@ -239,8 +240,8 @@ def slot_rows(depth, b, j, offs_t, offs_l, l_ok, dtype: tl.constexpr, ALIGNED: t
             rows = rows[None, :] + t * tl.load(strides + 1)[None, :]
             return tl.multiple_of(rows, [16, 16]) if ALIGNED else rows
     else:
-        pointer, stride_b, stride_t, stride_l, stride_h = depth
-        rows = pointer + b * stride_b + j * stride_h
+        stride_b, stride_t, stride_l, stride_h = depth[1]
+        rows = depth[0] + b * stride_b + j * stride_h
         if PAIRS:
             return rows + t * stride_t + offs_l.to(tl.int64) * stride_l
         else:
@@ -249,12 +250,11 @@ def slot_rows(depth, b, j, offs_t, offs_l, l_ok, dtype: tl.constexpr, ALIGNED: t
 
 @triton.jit
 def skip_slots(depth, first):
-    """``depth``, as ``slot_rows`` takes it, without its first slots."""
-    if len(depth) == 2:
-        return depth[0] + first, depth[1]
+    """depth[0], as ``slot_rows`` takes it, past the first slots."""
+    if len(depth[1]) == 2:
+        return depth[0] + first
     else:
-        pointer, stride_b, stride_t, stride_l, stride_h = depth
-        return pointer + first.to(tl.int64) * stride_l, stride_b, stride_t, stride_l, stride_h
+        return depth[0] + first.to(tl.int64) * depth[1][2]
 
 
 @triton.jit

@@ -172,8 +172,8 @@ def _moda_decode_split_kernel(
         share_l = tl.cdiv(tl.cdiv(L, splits), BLOCK_L) * BLOCK_L
         first_slot = (splits - 1 - split) * share_l  # the last splits have the fewest keys
         m_i, l_i, acc = attend_depth(
-            q, m_i, l_i, acc, skip_slots(k_depth, first_slot), skip_slots(v_depth, first_slot), b, j, tile, T,
-            tl.minimum(L - first_slot, share_l), scale, softcap,
+            q, m_i, l_i, acc, (skip_slots(k_depth, first_slot), k_depth[1]), (skip_slots(v_depth, first_slot), v_depth[1]),
+            b, j, tile, T, tl.minimum(L - first_slot, share_l), scale, softcap,
             G, D, DV, BLOCK_L, DEPTH_DOT, DEPTH_STAGES, ALIGNED,
         )  # fmt: skip
 

@@ -45,7 +45,7 @@ def _moda_depth_mass_kernel(
                 rows_ok = t_ok[:, None] & g_ok[None, :]
                 q_rows = q_ptr + b * q_strides[0] + t * q_strides[1] + h[None, :] * q_strides[2]
                 q = load_rows(q_rows[:, :, None] + offs_d[None, None, :], rows_ok, offs_d, D)
-                k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
+                k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, l_ok, ALIGNED)
                 k_ok = t_ok[:, None] & l_ok[None, :]
                 k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], k_ok, offs_d, D)
                 lse_ptrs = lse_ptr + b * stride_lb + h[None, :] * stride_lh + t * stride_lt

@@ -46,8 +46,8 @@ def _attend_depth_by_dot(
     for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
         offs_l = start + tl.arange(0, BLOCK_L)
         ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
-        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
-        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
+        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, ALIGNED)
         k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
         v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV)
         qk = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")  # [BLOCK_T, G, BLOCK_L]
@@ -78,8 +78,8 @@ def _attend_depth_by_sum(
     for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
         offs_l = start + tl.arange(0, BLOCK_L)
         ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
-        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
-        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
+        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, ALIGNED)
         k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D).to(tl.float32)
         v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV).to(tl.float32)
         qk = tl.sum(q * k[:, None, :, :], 3)  # [BLOCK_T, GROUP, BLOCK_L]

@@ -37,6 +37,12 @@ def _write_words(device: torch.device) -> Launch:
     return launch
 
 
+@lru_cache
+def _triton_dtype(dtype: torch.dtype) -> tl.constexpr:
+    """A constant of the compiled code, wherever it stands among the arguments: kernels receive nothing for it."""
+    return tl.constexpr(getattr(tl, str(dtype).removeprefix("torch.")))
+
+
 def is_packed(depth: list[Tensor]) -> bool:
     """A list of one packed tensor (B, T, L, H, D), and not of slots."""
     return bool(depth) and depth[0].dim() == 5
@@ -53,12 +59,12 @@ class DepthLayout(NamedTuple):
 def depth_pointers(*depths: list[Tensor]) -> tuple[list[Any], DepthLayout]:
     """For each depth (L slots, or a list of one packed tensor) what ``slot_rows`` takes; and their layout.
 
-    All depths have the same number L >= 1 of slots, on one device. A table does not say the slots' dtype.
+    All depths have the same number L >= 1 of slots, on one device, and each has one dtype.
     """
     first = depths[0][0]
     if is_packed(depths[0]):
         packed = [depth[0] for depth in depths]
-        pointers: list[Any] = [(x, *x.stride()[:4]) for x in packed]
+        pointers: list[Any] = [(x, x.stride()[:4]) for x in packed]
         return pointers, DepthLayout(tensors=tuple(map(layout, packed)))
     layouts: dict[tuple[int, ...], int] = {}
     words, misaligned = [], 0
@@ -79,5 +85,6 @@ def depth_pointers(*depths: list[Tensor]) -> tuple[list[Any], DepthLayout]:
     for start in range(0, len(words), most):
         write(table[start:], tuple(words[start : start + most]))
     strides = table[part * len(depths) :]
-    pointers = [(table[part * i :], strides) for i in range(len(depths))]
-    return pointers, DepthLayout(misaligned % 16 == 0, False, tuple(depth[0].dtype for depth in depths))
+    dtypes = tuple(depth[0].dtype for depth in depths)
+    pointers = [(table[part * i :], (strides, _triton_dtype(dtype))) for i, dtype in enumerate(dtypes)]
+    return pointers, DepthLayout(misaligned % 16 == 0, False, dtypes)
