@@ -15,9 +15,10 @@ from moda_kernels.common import (
     base2_log_p,
     base2_scores,
     chunk_mask,
+    load_queries,
     load_rows,
+    score_gradient,
     slot_rows,
-    softcap_slope,
 )
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
@@ -59,19 +60,15 @@ def _moda_backward_chunk_dkv_kernel(
         offs_t = rows // G
         t = offs_t.to(tl.int64)
         g = (rows % G).to(tl.int64)
-        q_rows = q_base + t * q_strides[1] + g * q_strides[2]
-        dout_rows = dout_base + t * dout_strides[1] + g * dout_strides[2]
-        q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)  # [BLOCK_M, BLOCK_D]
-        dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
-        lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf"))
-        delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
+        q, dout, lse, delta = load_queries(
+            q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, t, g, row_ok, T, offs_d, offs_dv, D, DV
+        )
         scores, excess = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, q.dtype)
         seen = chunk_mask(offs_t[None, :], owners[:, None], chunk)
         p = tl.exp2(tl.where(seen, base2_log_p(scores, excess, lse[None, :], q.dtype), float("-inf")))  # [BLOCK_N, BLOCK_M]
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
-        if softcap is not None:
-            ds *= softcap_slope(scores, softcap)
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        ds = score_gradient(p, dp, delta[None, :], scores, softcap)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
     dk_rows = slot_rows(dk_depth, b, j, owners, slots, ok, ALIGNED)

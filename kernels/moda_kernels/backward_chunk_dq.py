@@ -15,9 +15,11 @@ from moda_kernels.common import (
     base2_log_p,
     base2_scores,
     chunk_mask,
+    load_queries,
     load_rows,
+    score_gradient,
     slot_rows,
-    softcap_slope,
+    tile_rows,
 )
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
@@ -32,22 +34,14 @@ def _moda_backward_chunk_dq_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0) // (B * H)
     head = tl.program_id(0) % (B * H)
-    b = (head // H).to(tl.int64)
-    j = (head % H).to(tl.int64)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_t = rows // G
-    row_ok = offs_t < T
+    b, j, offs_t, h, row_ok = tile_rows(tile, head, T, H, G, BLOCK_M)
     t = offs_t.to(tl.int64)
-    h = j * G + rows % G
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-
-    q_rows = q_ptr + b * q_strides[0] + t * q_strides[1] + h * q_strides[2]
-    dout_rows = dout_ptr + b * dout_strides[0] + t * dout_strides[1] + h * dout_strides[2]
-    q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)
-    dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
-    lse = tl.load(lse_ptr + (b * H * G + h) * T + t, mask=row_ok, other=float("inf"))
-    delta = tl.load(delta_ptr + (b * H * G + h) * T + t, mask=row_ok, other=0.0)
+    q, dout, lse, delta = load_queries(
+        q_ptr + b * q_strides[0], dout_ptr + b * dout_strides[0], lse_ptr + b * H * G * T, delta_ptr + b * H * G * T,
+        q_strides, dout_strides, t, h, row_ok, T, offs_d, offs_dv, D, DV,
+    )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     first_token = tile * BLOCK_M // G
@@ -63,9 +57,8 @@ def _moda_backward_chunk_dq_kernel(
         scores, excess = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, q.dtype)
         seen = chunk_mask(offs_t[:, None], owners[None, :], chunk)
         p = tl.exp2(tl.where(seen, base2_log_p(scores, excess, lse[:, None], q.dtype), float("-inf")))  # [BLOCK_M, BLOCK_N]
-        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
-        if softcap is not None:
-            ds *= softcap_slope(scores, softcap)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = score_gradient(p, dp, delta[:, None], scores, softcap)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     dq_rows = dq_ptr + ((b * T + t) * (H * G) + h) * D

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moda_kernels import tuning
 from moda_kernels.backward_delta import launch_delta
-from moda_kernels.common import base2_log_p, base2_scores, load_rows, slot_rows, softcap_slope
+from moda_kernels.common import base2_log_p, base2_scores, load_rows, score_gradient, slot_rows
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
 from moda_kernels.slots import DepthLayout, depth_pointers
 
@@ -130,10 +130,7 @@ def _moda_backward_depth_kernel(
             log_p = base2_log_p(scores, excess, lse[:, None, :], dtype)
             p = tl.exp2(tl.where(l_ok[None, :, None], log_p, float("-inf")))
             dp = tl.dot(v, tl.permute(dout, (0, 2, 1)), input_precision="ieee")
-            ds = p * (dp - delta[:, None, :])
-            if softcap is not None:
-                ds *= softcap_slope(scores, softcap)
-            ds = ds.to(dtype)
+            ds = score_gradient(p, dp, delta[:, None, :], scores, softcap).to(dtype)
             dv = tl.dot(p.to(dtype), dout, dv, input_precision="ieee")
             dk = tl.dot(ds, q, dk, input_precision="ieee")
             share = tl.dot(tl.permute(ds, (0, 2, 1)), k, input_precision="ieee")

@@ -217,6 +217,53 @@ def load_rows(ptrs, rows_ok, offs_d, D: tl.constexpr):
 
 
 @triton.jit
+def tile_rows(tile, head, T, H, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of a tile's (token, group) rows: batch, key/value head, tokens, query heads, and which rows there are."""
+    b = (head // H).to(tl.int64)
+    j = (head % H).to(tl.int64)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_t = rows // G
+    row_ok = offs_t < T
+    return b, j, offs_t, j * G + rows % G, row_ok
+
+
+@triton.jit
+def tile_tokens(tile, T, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The first and the last token of a tile."""
+    return tile * BLOCK_M // G, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+
+
+@triton.jit
+def load_queries(
+    q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, t, h, row_ok, T, offs_d, offs_dv,
+    D: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """q, dout, lse and delta of tokens t and heads h, counted from where the bases point; ``row_ok`` as in
+    ``load_rows``. Rows that are not ok have p = exp(score - lse) = 0.
+    """
+    q_rows = q_base + t * q_strides[1] + h * q_strides[2]
+    dout_rows = dout_base + t * dout_strides[1] + h * dout_strides[2]
+    q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)  # [BLOCK_M, BLOCK_D]
+    dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
+    if row_ok is None:
+        lse = tl.load(lse_base + h * T + t)
+        delta = tl.load(delta_base + h * T + t)
+    else:
+        lse = tl.load(lse_base + h * T + t, mask=row_ok, other=float("inf"))
+        delta = tl.load(delta_base + h * T + t, mask=row_ok, other=0.0)
+    return q, dout, lse, delta
+
+
+@triton.jit
+def score_gradient(p, dp, delta, scores, softcap):
+    """ds = p (dp - delta), by the score before the softcap; ``delta`` broadcasts against p."""
+    ds = p * (dp - delta)
+    if softcap is not None:
+        ds *= softcap_slope(scores, softcap)
+    return ds
+
+
+@triton.jit
 def slot_rows(depth, b, j, offs_t, offs_l, l_ok, ALIGNED: tl.constexpr):
     """Pointers [.., BLOCK_L] to rows (b, t, j) of depth slots ``offs_l``; ``offs_t`` is [.., 1], or
     [BLOCK_L] for one token to each slot.

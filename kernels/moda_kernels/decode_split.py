@@ -29,6 +29,8 @@ from moda_kernels.common import (
     natural_lse,
     online_softmax,
     skip_slots,
+    tile_rows,
+    tile_tokens,
 )
 from moda_kernels.forward_depth import attend_depth
 from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
@@ -130,14 +132,8 @@ def _moda_decode_split_kernel(
     tile = tl.program_id(0) % tiles  # side by side: those that read the same keys
     split = tl.program_id(0) // tiles % splits
     head = tl.program_id(0) // tiles // splits
-    b = (head // H).to(tl.int64)
-    j = (head % H).to(tl.int64)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_t = rows // G
-    row_ok = offs_t < T
-    query_head = j * G + rows % G
-    first_token = tile * BLOCK_M // G
-    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+    b, j, offs_t, query_head, row_ok = tile_rows(tile, head, T, H, G, BLOCK_M)
+    first_token, last_token = tile_tokens(tile, T, G, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
 

@@ -22,6 +22,8 @@ from moda_kernels.common import (
     masked_blocks,
     natural_lse,
     online_softmax,
+    tile_rows,
+    tile_tokens,
 )
 from moda_kernels.forward_chunk import attend_chunk
 from moda_kernels.forward_depth import attend_depth
@@ -74,14 +76,8 @@ def _moda_forward_kernel(
     if mixed:  # or longest and shortest by turns
         tile = tl.where(turn % 2 == 0, tile + turn // 2, turn // 2)
     head = tl.program_id(0) % (B * H)
-    b = (head // H).to(tl.int64)
-    j = (head % H).to(tl.int64)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_t = rows // G
-    row_ok = offs_t < T
-    query_head = j * G + rows % G
-    first_token = tile * BLOCK_M // G
-    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+    b, j, offs_t, query_head, row_ok = tile_rows(tile, head, T, H, G, BLOCK_M)
+    first_token, last_token = tile_tokens(tile, T, G, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
 
