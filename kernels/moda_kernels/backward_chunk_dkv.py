@@ -11,17 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import (
-    base2_log_p,
-    base2_scores,
-    chunk_mask,
-    load_queries,
-    load_rows,
-    score_gradient,
-    slot_rows,
-)
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.masks import chunk_mask
+from moda_kernels.rows import load_queries, load_rows
+from moda_kernels.slots import DepthLayout, depth_pointers, slot_rows
+from moda_kernels.softmax import base2_log_p, base2_scores, score_gradient
 
 
 @triton.jit(do_not_specialize=["chunk", "T", "L"])
@@ -78,7 +72,7 @@ def _moda_backward_chunk_dkv_kernel(
     tl.store(dv_rows[:, None] + offs_dv[None, :], dv.to(dv_rows.dtype.element_ty), mask=ok[:, None] & (offs_dv < DV)[None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, q: Layout, dout: Layout, lse: Layout, depth: DepthLayout) -> Launch:
     tile = tuning.backward_dkv_tile(q.device, q.dtype, p.D, p.DV)
     return Launch(

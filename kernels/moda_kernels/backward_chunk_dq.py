@@ -11,18 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import (
-    base2_log_p,
-    base2_scores,
-    chunk_mask,
-    load_queries,
-    load_rows,
-    score_gradient,
-    slot_rows,
-    tile_rows,
-)
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.masks import chunk_mask
+from moda_kernels.rows import load_queries, load_rows, tile_rows
+from moda_kernels.slots import DepthLayout, depth_pointers, slot_rows
+from moda_kernels.softmax import base2_log_p, base2_scores, score_gradient
 
 
 @triton.jit(do_not_specialize=["chunk", "T", "L"])
@@ -65,7 +58,7 @@ def _moda_backward_chunk_dq_kernel(
     tl.store(dq_rows[:, None] + offs_d[None, :], dq, mask=row_ok[:, None] & (offs_d < D)[None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, q: Layout, dout: Layout, lse: Layout, depth: DepthLayout) -> Launch:
     tile = tuning.backward_dq_tile(q.device, q.dtype, p.D, p.DV)
     return Launch(

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import load_rows
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.rows import load_rows
 
 
 @triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_lt", "T"])
@@ -38,7 +38,7 @@ def _moda_delta_kernel(
     tl.store(delta_ptr + (b * HQ + h) * T + offs_t, delta, mask=ok)
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, dout: Layout, out: Layout, dlse: Layout | None) -> Launch:
     tile = tuning.BACKWARD_DELTA
     return Launch(

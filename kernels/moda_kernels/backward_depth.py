@@ -21,9 +21,10 @@ from torch import Tensor
 
 from moda_kernels import tuning
 from moda_kernels.backward_delta import launch_delta
-from moda_kernels.common import base2_log_p, base2_scores, load_rows, score_gradient, slot_rows
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.rows import load_rows
+from moda_kernels.slots import DepthLayout, depth_pointers, slot_rows
+from moda_kernels.softmax import base2_log_p, base2_scores, score_gradient
 
 
 @triton.jit
@@ -157,7 +158,7 @@ def _moda_backward_depth_kernel(
         tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(
     p: Problem, q: Layout, dout: Layout, out: Layout, lse: Layout, dlse: Layout | None, dq_sequence: Layout | None,
     depth: DepthLayout, finished: bool,

@@ -14,18 +14,10 @@ from torch import Tensor
 
 from moda_kernels import tuning
 from moda_kernels.bands import Bands
-from moda_kernels.common import (
-    band_mask,
-    base2_log_p,
-    base2_scores,
-    load_queries,
-    load_rows,
-    masked_blocks,
-    score_gradient,
-    token_range,
-    tokens_seeing,
-)
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.masks import band_mask, masked_blocks, token_range, tokens_seeing
+from moda_kernels.rows import load_queries, load_rows
+from moda_kernels.softmax import base2_log_p, base2_scores, score_gradient
 
 
 @triton.jit
@@ -138,7 +130,7 @@ def _moda_backward_dkv_kernel(
         tl.store(dv_shares_ptr + share * DV + offs_dv[None, :], dv, mask=n_ok[:, None] & (offs_dv < DV)[None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(
     p: Problem, q: Layout, k: Layout, v: Layout, dout: Layout, lse: Layout, dk: Layout, dv: Layout,
     k_running: Layout | None, v_running: Layout | None, parts: int,

@@ -11,20 +11,10 @@ from torch import Tensor
 
 from moda_kernels import tuning
 from moda_kernels.bands import Bands
-from moda_kernels.common import (
-    band_mask,
-    base2_log_p,
-    base2_scores,
-    key_range,
-    keys_seen,
-    load_queries,
-    load_rows,
-    masked_blocks,
-    score_gradient,
-    tile_rows,
-    tile_tokens,
-)
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.masks import band_mask, key_range, keys_seen, masked_blocks
+from moda_kernels.rows import load_queries, load_rows, tile_rows, tile_tokens
+from moda_kernels.softmax import base2_log_p, base2_scores, score_gradient
 
 
 @triton.jit
@@ -103,7 +93,7 @@ def _moda_backward_dq_kernel(
     tl.store(dq_ptr + offsets, dq, mask=row_ok[:, None] & (offs_d < D)[None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, dout: Layout, lse: Layout, dq_depth: Layout | None) -> Launch:
     tile = tuning.backward_dq_tile(q.device, q.dtype, p.D, p.DV)
     return Launch(

@@ -20,24 +20,31 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import (
-    band_mask,
-    base2_scores,
-    cache_places,
-    key_range,
-    load_rows,
-    natural_lse,
-    online_softmax,
-    skip_slots,
-    tile_rows,
-    tile_tokens,
-)
 from moda_kernels.forward_depth import attend_depth
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.masks import band_mask, key_range
+from moda_kernels.rows import load_rows, tile_rows, tile_tokens
+from moda_kernels.slots import DepthLayout, depth_pointers, skip_slots
+from moda_kernels.softmax import base2_scores, natural_lse, online_softmax
 
 FARTHEST: tl.constexpr = tl.constexpr(2**30)
 """The last position that a length may say: sums of positions stay within 32 bits."""
+
+
+@triton.jit
+def cache_places(table_ptr, table_stride, b, positions, ok, pages, PAGE_SIZE: tl.constexpr):
+    """Where positions of sequence b lie on the first two axes of a cache, and which of those ok do.
+
+    ``table_ptr`` is None for a cache with one row of positions per sequence. Else it leads to the pages
+    of each sequence; entries of positions that are not ok are not read, and a page that does not exist
+    holds nothing.
+    """
+    if table_ptr is None:
+        return b, tl.cast(positions, tl.int64), ok
+    else:
+        page = tl.load(table_ptr + b * table_stride + positions // PAGE_SIZE, mask=ok, other=-1)
+        there = (page >= 0) & (page < pages)
+        return page.to(tl.int64), tl.cast(positions % PAGE_SIZE, tl.int64), there
 
 
 @triton.jit
@@ -184,7 +191,7 @@ def _moda_decode_split_kernel(
     tl.store(lses_ptr + (part * H * G + query_head) * T + offs_t, natural_lse(m_i, l_safe, q.dtype), mask=row_ok)
 
 
-@prepared
+@cached_launch
 def _prepare(
     p: Problem, tile: tuning.Tile, splits: int, q: Layout, k: Layout, v: Layout, k_new: Layout | None,
     v_new: Layout | None, seqlens: Layout, table: Layout | None, depth: DepthLayout,

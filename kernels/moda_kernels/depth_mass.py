@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import base2_log_p, base2_scores, load_rows, slot_rows
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.rows import load_rows
+from moda_kernels.slots import DepthLayout, depth_pointers, slot_rows
+from moda_kernels.softmax import base2_log_p, base2_scores
 
 
 @triton.jit(do_not_specialize=["T", "L", "stride_lb", "stride_lh", "stride_lt"])
@@ -59,7 +60,7 @@ def _moda_depth_mass_kernel(
             tl.store(sums, acc / T, mask=g_ok[:, None] & l_ok[None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, q: Layout, lse: Layout, depth: DepthLayout) -> Launch:
     tile = tuning.depth_mass_tile(q.dtype, p.G, p.D)
     return Launch(

@@ -8,7 +8,10 @@ mask of its own.
 import triton
 import triton.language as tl
 
-from moda_kernels.common import base2_scores, chunk_mask, load_rows, online_softmax, slot_rows
+from moda_kernels.masks import chunk_mask
+from moda_kernels.rows import load_rows
+from moda_kernels.slots import slot_rows
+from moda_kernels.softmax import base2_scores, online_softmax
 
 
 @triton.jit

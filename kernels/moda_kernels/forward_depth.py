@@ -14,16 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import (
-    base2_lse,
-    base2_scores,
-    load_rows,
-    natural_lse,
-    online_softmax,
-    slot_rows,
-)
-from moda_kernels.prepared import Launch, Layout, Problem, layout, lse_dtype, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout, lse_dtype
+from moda_kernels.rows import load_rows
+from moda_kernels.slots import DepthLayout, depth_pointers, slot_rows
+from moda_kernels.softmax import base2_lse, base2_scores, natural_lse, online_softmax
 
 
 @triton.jit
@@ -163,7 +157,7 @@ def _moda_forward_depth_kernel(
     tl.store(lse_ptr + (b * H * G + h) * T + t, natural_lse(m_i, l_i, q.dtype), mask=row_ok)
 
 
-@prepared
+@cached_launch
 def _prepare(
     p: Problem, q: Layout, sequence: Layout | None, sequence_lse: Layout | None, depth: DepthLayout
 ) -> Launch:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.prepared import Launch, layout
+from moda_kernels.launch import Launch, layout
 
 
 @triton.jit
@@ -88,3 +88,44 @@ def depth_pointers(*depths: list[Tensor]) -> tuple[list[Any], DepthLayout]:
     dtypes = tuple(depth[0].dtype for depth in depths)
     pointers = [(table[part * i :], (strides, _triton_dtype(dtype))) for i, dtype in enumerate(dtypes)]
     return pointers, DepthLayout(misaligned % 16 == 0, False, dtypes)
+
+
+@triton.jit
+def slot_rows(depth, b, j, offs_t, offs_l, l_ok, ALIGNED: tl.constexpr):
+    """Pointers [.., BLOCK_L] to rows (b, t, j) of depth slots ``offs_l``; ``offs_t`` is [.., 1], or
+    [BLOCK_L] for one token to each slot.
+
+    ``depth`` is (words, (strides, dtype)), as above, or, for a packed tensor, (pointer,
+    (stride_b, stride_t, stride_l, stride_h)): both know the slots' dtype, which need not be q's. ALIGNED:
+    every row of every slot starts on 16 bytes, which lets loads be vectorized although addresses come from
+    memory.
+    """
+    t = offs_t.to(tl.int64)
+    PAIRS: tl.constexpr = len(offs_t.shape) == 1
+    if len(depth[1]) == 2:
+        word = tl.load(depth[0] + offs_l, mask=l_ok, other=0)
+        strides = depth[1][0] + (word >> 50) * 3
+        start = b * tl.load(strides) + j * tl.load(strides + 2)
+        rows = (word & ((1 << 50) - 1)).to(tl.pointer_type(depth[1][1])) + start
+        if PAIRS:
+            rows = rows + t * tl.load(strides + 1)
+            return tl.multiple_of(rows, [16]) if ALIGNED else rows
+        else:
+            rows = rows[None, :] + t * tl.load(strides + 1)[None, :]
+            return tl.multiple_of(rows, [16, 16]) if ALIGNED else rows
+    else:
+        stride_b, stride_t, stride_l, stride_h = depth[1]
+        rows = depth[0] + b * stride_b + j * stride_h
+        if PAIRS:
+            return rows + t * stride_t + offs_l.to(tl.int64) * stride_l
+        else:
+            return rows + t * stride_t + offs_l.to(tl.int64)[None, :] * stride_l
+
+
+@triton.jit
+def skip_slots(depth, first):
+    """depth[0], as ``slot_rows`` takes it, past the first slots."""
+    if len(depth[1]) == 2:
+        return depth[0] + first
+    else:
+        return depth[0] + first.to(tl.int64) * depth[1][2]

@@ -15,15 +15,15 @@ DECODE_SPLITS = 128  # at most: parts of a sequence's keys that a decoding step 
 APPEND_BLOCK_T = 16  # new tokens that a decoding program writes at a time
 
 
-def split_forward(G: int, D: int, DV: int, causal: bool, apart: bool) -> float:
+def split_forward(G: int, D: int, DV: int, causal: bool, two_kernels: bool) -> float:
     """Floating-point operations of the sequence, in forward, above which a split forward is faster. Sooner where a
-    fused one hides less depth: where that is ``apart``, and in groups of one or four, against two and eight.
+    fused one hides less depth: where it is ``two_kernels``, and in groups of one or four, against two and eight.
     """
     if max(D, DV) > 64:
-        return 3e10 if apart else 1e11
+        return 3e10 if two_kernels else 1e11
     if G == 1:
         return 1e11 if causal else 3e10
-    return 6.5e10 if apart or G == 4 else 1e12
+    return 6.5e10 if two_kernels or G == 4 else 1e12
 
 
 def split_backward(G: int, D: int, DV: int, causal: bool) -> float:
@@ -178,9 +178,9 @@ def forward_mixed(device: torch.device, programs: int, D: int, DV: int, packed: 
 
 
 @lru_cache
-def forward_apart(device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, packed: bool) -> bool:
-    """Whether depth has a kernel of its own, which has dots for any group: for three heads and more sums cost
-    more than a pass over out.
+def forward_two_kernels(device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, packed: bool) -> bool:
+    """Whether a fused forward is two kernels. The second, for depth, has dots for any group; for three heads and more
+    sums in the first would cost more than a pass over out.
     """
     BLOCK_M = forward_tile(device, dtype, G, D, DV, packed).BLOCK_M
     return G >= 3 and not forward_depth(device, dtype, G, D, DV, BLOCK_M, packed).DEPTH_DOT
