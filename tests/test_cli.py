@@ -253,9 +253,9 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_says_why_a_shape_gets_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moda_kernels import library
+    from moda_kernels import sdpa
 
-    monkeypatch.setattr(library, "select", lambda *tensors: "cudnn")
+    monkeypatch.setattr(sdpa, "select", lambda *tensors: "cudnn")
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     rows = dict(doctor.plans(torch.device("cpu"), torch.bfloat16))
     fused = "fused (too little arithmetic for a library to gain)"

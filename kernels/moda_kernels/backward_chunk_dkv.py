@@ -11,16 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import (
-    base2_log_p,
-    base2_scores,
-    chunk_mask,
-    load_rows,
-    slot_rows,
-    softcap_slope,
-)
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.masks import chunk_mask
+from moda_kernels.rows import load_queries, load_rows
+from moda_kernels.slots import DepthLayout, depth_pointers, slot_rows
+from moda_kernels.softmax import base2_log_p, base2_scores, score_gradient
 
 
 @triton.jit(do_not_specialize=["chunk", "T", "L"])
@@ -40,9 +35,8 @@ def _moda_backward_chunk_dkv_kernel(
     slots = offs_e % L
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    k_rows = slot_rows(k_depth, b, j, owners, slots, ok, dtype, ALIGNED)
-    v_rows = slot_rows(v_depth, b, j, owners, slots, ok, dtype, ALIGNED)
+    k_rows = slot_rows(k_depth, b, j, owners, slots, ok, ALIGNED)
+    v_rows = slot_rows(v_depth, b, j, owners, slots, ok, ALIGNED)
     k = load_rows(k_rows[:, None] + offs_d[None, :], ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
     v = load_rows(v_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV)  # [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -60,29 +54,25 @@ def _moda_backward_chunk_dkv_kernel(
         offs_t = rows // G
         t = offs_t.to(tl.int64)
         g = (rows % G).to(tl.int64)
-        q_rows = q_base + t * q_strides[1] + g * q_strides[2]
-        dout_rows = dout_base + t * dout_strides[1] + g * dout_strides[2]
-        q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)  # [BLOCK_M, BLOCK_D]
-        dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
-        lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf"))
-        delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
+        q, dout, lse, delta = load_queries(
+            q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, t, g, row_ok, T, offs_d, offs_dv, D, DV
+        )
         scores, excess = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, q.dtype)
         seen = chunk_mask(offs_t[None, :], owners[:, None], chunk)
         p = tl.exp2(tl.where(seen, base2_log_p(scores, excess, lse[None, :], q.dtype), float("-inf")))  # [BLOCK_N, BLOCK_M]
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
-        if softcap is not None:
-            ds *= softcap_slope(scores, softcap)
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        ds = score_gradient(p, dp, delta[None, :], scores, softcap)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
-    dk_rows = slot_rows(dk_depth, b, j, owners, slots, ok, dtype, ALIGNED)
-    dv_rows = slot_rows(dv_depth, b, j, owners, slots, ok, dtype, ALIGNED)
-    dk = (dk * scale).to(dtype)
+    dk_rows = slot_rows(dk_depth, b, j, owners, slots, ok, ALIGNED)
+    dv_rows = slot_rows(dv_depth, b, j, owners, slots, ok, ALIGNED)
+    dk = (dk * scale).to(dk_rows.dtype.element_ty)
     tl.store(dk_rows[:, None] + offs_d[None, :], dk, mask=ok[:, None] & (offs_d < D)[None, :])
-    tl.store(dv_rows[:, None] + offs_dv[None, :], dv.to(dtype), mask=ok[:, None] & (offs_dv < DV)[None, :])
+    tl.store(dv_rows[:, None] + offs_dv[None, :], dv.to(dv_rows.dtype.element_ty), mask=ok[:, None] & (offs_dv < DV)[None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, q: Layout, dout: Layout, lse: Layout, depth: DepthLayout) -> Launch:
     tile = tuning.backward_dkv_tile(q.device, q.dtype, p.D, p.DV)
     return Launch(

@@ -11,16 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import (
-    base2_log_p,
-    base2_scores,
-    chunk_mask,
-    load_rows,
-    slot_rows,
-    softcap_slope,
-)
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.masks import chunk_mask
+from moda_kernels.rows import load_queries, load_rows, tile_rows
+from moda_kernels.slots import DepthLayout, depth_pointers, slot_rows
+from moda_kernels.softmax import base2_log_p, base2_scores, score_gradient
 
 
 @triton.jit(do_not_specialize=["chunk", "T", "L"])
@@ -32,22 +27,14 @@ def _moda_backward_chunk_dq_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0) // (B * H)
     head = tl.program_id(0) % (B * H)
-    b = (head // H).to(tl.int64)
-    j = (head % H).to(tl.int64)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_t = rows // G
-    row_ok = offs_t < T
+    b, j, offs_t, h, row_ok = tile_rows(tile, head, T, H, G, BLOCK_M)
     t = offs_t.to(tl.int64)
-    h = j * G + rows % G
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-
-    q_rows = q_ptr + b * q_strides[0] + t * q_strides[1] + h * q_strides[2]
-    dout_rows = dout_ptr + b * dout_strides[0] + t * dout_strides[1] + h * dout_strides[2]
-    q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)
-    dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
-    lse = tl.load(lse_ptr + (b * H * G + h) * T + t, mask=row_ok, other=float("inf"))
-    delta = tl.load(delta_ptr + (b * H * G + h) * T + t, mask=row_ok, other=0.0)
+    q, dout, lse, delta = load_queries(
+        q_ptr + b * q_strides[0], dout_ptr + b * dout_strides[0], lse_ptr + b * H * G * T, delta_ptr + b * H * G * T,
+        q_strides, dout_strides, t, h, row_ok, T, offs_d, offs_dv, D, DV,
+    )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     first_token = tile * BLOCK_M // G
@@ -56,23 +43,22 @@ def _moda_backward_chunk_dq_kernel(
         offs_e = start + tl.arange(0, BLOCK_N)
         ok = offs_e < end
         owners = offs_e // L
-        k_rows = slot_rows(k_depth, b, j, owners, offs_e % L, ok, q.dtype, ALIGNED)
-        v_rows = slot_rows(v_depth, b, j, owners, offs_e % L, ok, q.dtype, ALIGNED)
+        k_rows = slot_rows(k_depth, b, j, owners, offs_e % L, ok, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, owners, offs_e % L, ok, ALIGNED)
         k = load_rows(k_rows[:, None] + offs_d[None, :], ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV)
         scores, excess = base2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, q.dtype)
         seen = chunk_mask(offs_t[:, None], owners[None, :], chunk)
         p = tl.exp2(tl.where(seen, base2_log_p(scores, excess, lse[:, None], q.dtype), float("-inf")))  # [BLOCK_M, BLOCK_N]
-        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
-        if softcap is not None:
-            ds *= softcap_slope(scores, softcap)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = score_gradient(p, dp, delta[:, None], scores, softcap)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     dq_rows = dq_ptr + ((b * T + t) * (H * G) + h) * D
     tl.store(dq_rows[:, None] + offs_d[None, :], dq, mask=row_ok[:, None] & (offs_d < D)[None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, q: Layout, dout: Layout, lse: Layout, depth: DepthLayout) -> Launch:
     tile = tuning.backward_dq_tile(q.device, q.dtype, p.D, p.DV)
     return Launch(

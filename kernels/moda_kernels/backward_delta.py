@@ -1,7 +1,7 @@
 """Backward without depth, first pass: delta = rowsum(dout * out) - dlse, which every score gradient shares.
 
 With p = exp(score - lse), d out / d score = p (v - out) and d lse / d score = p, so that
-ds = p (dout . v - delta). One program reads BLOCK_M tokens of one query head.
+ds = p (dout . v - delta). One program reads BLOCK_T tokens of one query head.
 """
 
 import torch
@@ -10,20 +10,20 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import load_rows
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.rows import load_rows
 
 
 @triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_lt", "T"])
 def _moda_delta_kernel(
     dout_ptr, out_ptr, dlse_ptr, delta_ptr, dout_strides, out_strides,
     stride_lb, stride_lh, stride_lt, B, T, HQ,
-    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % (B * HQ)
     b = (head // HQ).to(tl.int64)
     h = (head % HQ).to(tl.int64)
-    offs_t = tl.program_id(0) // (B * HQ) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_t = tl.program_id(0) // (B * HQ) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_dv = tl.arange(0, BLOCK_DV)
     ok = offs_t < T
     t = offs_t.to(tl.int64)
@@ -38,13 +38,13 @@ def _moda_delta_kernel(
     tl.store(delta_ptr + (b * HQ + h) * T + offs_t, delta, mask=ok)
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, dout: Layout, out: Layout, dlse: Layout | None) -> Launch:
-    BLOCK_M = 64
+    tile = tuning.BACKWARD_DELTA
     return Launch(
-        _moda_delta_kernel, triton.cdiv(p.T, BLOCK_M) * p.B * p.H * p.G,
+        _moda_delta_kernel, triton.cdiv(p.T, tile.BLOCK_T) * p.B * p.H * p.G,
         dout.strides[:3], out.strides[:3], *(dlse.strides if dlse else (None,) * 3), p.B, p.T, p.H * p.G,
-        DV=p.DV, BLOCK_M=BLOCK_M, BLOCK_DV=tuning.block_dim(p.DV),
+        DV=p.DV, BLOCK_DV=tuning.block_dim(p.DV), **tile._asdict(),
     )  # fmt: skip
 
 

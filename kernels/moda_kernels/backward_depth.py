@@ -21,9 +21,10 @@ from torch import Tensor
 
 from moda_kernels import tuning
 from moda_kernels.backward_delta import launch_delta
-from moda_kernels.common import base2_log_p, base2_scores, load_rows, slot_rows, softcap_slope
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.rows import load_rows
+from moda_kernels.slots import DepthLayout, depth_pointers, slot_rows
+from moda_kernels.softmax import base2_log_p, base2_scores, score_gradient
 
 
 @triton.jit
@@ -62,14 +63,13 @@ def _delta(
 
 @triton.jit
 def _store_gradient(
-    depth, running, grad, b, j, offs_t, offs_l, l_ok, ok, offs_d, D: tl.constexpr, dtype: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):  # fmt: skip
+    depth, running, grad, b, j, offs_t, offs_l, l_ok, ok, offs_d, D: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Write the gradient [BLOCK_T, BLOCK_L, BLOCK_D] of a block of slots, plus what is running."""
     if running is not None:
-        rows = slot_rows(running, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
+        rows = slot_rows(running, b, j, offs_t[:, None], offs_l, l_ok, ALIGNED)
         grad += load_rows(rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
-    rows = slot_rows(depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
+    rows = slot_rows(depth, b, j, offs_t[:, None], offs_l, l_ok, ALIGNED)
     mask = ok[:, :, None] & (offs_d < D)[None, None, :]
     tl.store(rows[:, :, None] + offs_d[None, None, :], grad.to(rows.dtype.element_ty), mask=mask)
 
@@ -80,7 +80,7 @@ def _moda_backward_depth_kernel(
     k_running, v_running, q_strides, dout_strides, out_strides, stride_lb, stride_lh, stride_lt, scale, softcap, B, T, L, H,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGNED: tl.constexpr,
-    FINISHED: tl.constexpr, GRAD: tl.constexpr,
+    FINISHED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % (B * H)
     b = (head // H).to(tl.int64)
@@ -111,8 +111,8 @@ def _moda_backward_depth_kernel(
         offs_l = start + tl.arange(0, BLOCK_L)
         l_ok = offs_l < L
         ok = (offs_t < T)[:, None] & l_ok[None, :]
-        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
-        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
+        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, l_ok, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, l_ok, ALIGNED)
         k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
         v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV)
         dk = tl.zeros([BLOCK_T, BLOCK_L, BLOCK_D], tl.float32)
@@ -131,10 +131,7 @@ def _moda_backward_depth_kernel(
             log_p = base2_log_p(scores, excess, lse[:, None, :], dtype)
             p = tl.exp2(tl.where(l_ok[None, :, None], log_p, float("-inf")))
             dp = tl.dot(v, tl.permute(dout, (0, 2, 1)), input_precision="ieee")
-            ds = p * (dp - delta[:, None, :])
-            if softcap is not None:
-                ds *= softcap_slope(scores, softcap)
-            ds = ds.to(dtype)
+            ds = score_gradient(p, dp, delta[:, None, :], scores, softcap).to(dtype)
             dv = tl.dot(p.to(dtype), dout, dv, input_precision="ieee")
             dk = tl.dot(ds, q, dk, input_precision="ieee")
             share = tl.dot(tl.permute(ds, (0, 2, 1)), k, input_precision="ieee")
@@ -147,8 +144,8 @@ def _moda_backward_depth_kernel(
                     share += load_rows(dq_ptrs, dq_ok, offs_d, D)
                 tl.store(dq_ptrs, share, mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])
                 tl.debug_barrier()  # other threads may read these rows for the next slot block
-        _store_gradient(dk_depth, k_running, dk * scale, b, j, offs_t, offs_l, l_ok, ok, offs_d, D, GRAD, ALIGNED)
-        _store_gradient(dv_depth, v_running, dv, b, j, offs_t, offs_l, l_ok, ok, offs_dv, DV, GRAD, ALIGNED)
+        _store_gradient(dk_depth, k_running, dk * scale, b, j, offs_t, offs_l, l_ok, ok, offs_d, D, ALIGNED)
+        _store_gradient(dv_depth, v_running, dv, b, j, offs_t, offs_l, l_ok, ok, offs_dv, DV, ALIGNED)
     if ONE_PASS:
         dq_ptrs = (dq_base + offs_g[None, :] * D)[:, :, None] + offs_d[None, None, :]
         dq_ok = (offs_t < T)[:, None] & (offs_g < G)[None, :]
@@ -161,10 +158,10 @@ def _moda_backward_depth_kernel(
         tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=dq_ok[:, :, None] & (offs_d < D)[None, None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(
     p: Problem, q: Layout, dout: Layout, out: Layout, lse: Layout, dlse: Layout | None, dq_sequence: Layout | None,
-    depth: DepthLayout, grad_dtype: torch.dtype, finished: bool,
+    depth: DepthLayout, finished: bool,
 ) -> Launch:  # fmt: skip
     tile = tuning.backward_depth_tile(q.dtype, p.G, p.D, p.DV)
     return Launch(
@@ -172,7 +169,7 @@ def _prepare(
         q.strides[:3], dout.strides[:3], out.strides[:3], *(dlse.strides if dlse else (None,) * 3),
         p.scale, p.softcap, p.B, p.T, p.L, p.H,
         G=p.G, D=p.D, DV=p.DV, BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
-        ALIGNED=depth.aligned, FINISHED=finished, GRAD=getattr(tl, str(grad_dtype).removeprefix("torch.")), **tile._asdict(),
+        ALIGNED=depth.aligned, FINISHED=finished, **tile._asdict(),
     )  # fmt: skip
 
 
@@ -196,7 +193,7 @@ def launch_backward_depth(
     else:
         delta = launch_delta(p, dout, out, dlse)
     tensors = q, dout, out, lse, dlse, dq_sequence
-    launch = _prepare(p, *map(layout, tensors), depth_layout, depths[2][0].dtype, finished)
+    launch = _prepare(p, *map(layout, tensors), depth_layout, finished)
     launch(q, dout, out, lse, dlse, delta, dq, share, *depth, *[None] * (6 - len(depth)))
     if p.S == 0 and not finished:
         dq = dq.mul_(p.scale).to(q.dtype)

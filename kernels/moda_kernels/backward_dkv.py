@@ -14,17 +14,10 @@ from torch import Tensor
 
 from moda_kernels import tuning
 from moda_kernels.bands import Bands
-from moda_kernels.common import (
-    band_mask,
-    base2_log_p,
-    base2_scores,
-    load_rows,
-    masked_blocks,
-    softcap_slope,
-    token_range,
-    tokens_seeing,
-)
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.masks import band_mask, masked_blocks, token_range, tokens_seeing
+from moda_kernels.rows import load_queries, load_rows
+from moda_kernels.softmax import base2_log_p, base2_scores, score_gradient
 
 
 @triton.jit
@@ -58,16 +51,9 @@ def _sum_over_rows(
             row_ok = row_ok & tokens_seeing(bands, offs_t, first_key, last_key, T, S)
         t = offs_t.to(tl.int64)
         g = (rows % G).to(tl.int64)
-        q_rows = q_base + t * q_strides[1] + g * q_strides[2]
-        dout_rows = dout_base + t * dout_strides[1] + g * dout_strides[2]
-        q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)  # [BLOCK_M, BLOCK_D]
-        dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
-        if EDGE:
-            lse = tl.load(lse_base + g * T + t, mask=row_ok, other=float("inf"))
-            delta = tl.load(delta_base + g * T + t, mask=row_ok, other=0.0)
-        else:
-            lse = tl.load(lse_base + g * T + t)
-            delta = tl.load(delta_base + g * T + t)
+        q, dout, lse, delta = load_queries(
+            q_base, dout_base, lse_base, delta_base, q_strides, dout_strides, t, g, row_ok, T, offs_d, offs_dv, D, DV
+        )
         scores, excess = base2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, k.dtype)
         log_p = base2_log_p(scores, excess, lse[None, :], k.dtype)  # [BLOCK_N, BLOCK_M]
         if EDGE:
@@ -75,9 +61,8 @@ def _sum_over_rows(
             log_p = tl.where(seen, log_p, float("-inf"))
         p = tl.exp2(log_p)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
-        if softcap is not None:
-            ds *= softcap_slope(scores, softcap)
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        ds = score_gradient(p, dp, delta[None, :], scores, softcap)
         if EDGE:
             ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -145,7 +130,7 @@ def _moda_backward_dkv_kernel(
         tl.store(dv_shares_ptr + share * DV + offs_dv[None, :], dv, mask=n_ok[:, None] & (offs_dv < DV)[None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(
     p: Problem, q: Layout, k: Layout, v: Layout, dout: Layout, lse: Layout, dk: Layout, dv: Layout,
     k_running: Layout | None, v_running: Layout | None, parts: int,

@@ -11,17 +11,10 @@ from torch import Tensor
 
 from moda_kernels import tuning
 from moda_kernels.bands import Bands
-from moda_kernels.common import (
-    band_mask,
-    base2_log_p,
-    base2_scores,
-    key_range,
-    keys_seen,
-    load_rows,
-    masked_blocks,
-    softcap_slope,
-)
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.masks import band_mask, key_range, keys_seen, masked_blocks
+from moda_kernels.rows import load_queries, load_rows, tile_rows, tile_tokens
+from moda_kernels.softmax import base2_log_p, base2_scores, score_gradient
 
 
 @triton.jit
@@ -52,9 +45,8 @@ def _sum_over_keys(
             seen = band_mask(bands, offs_t[:, None], offs_n[None, :], T, S, left, right)
             log_p = tl.where(seen, log_p, float("-inf"))
         p = tl.exp2(log_p)
-        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
-        if softcap is not None:
-            ds *= softcap_slope(scores, softcap)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = score_gradient(p, dp, delta[:, None], scores, softcap)
         if EDGE:
             ds = tl.where(seen, ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -70,28 +62,19 @@ def _moda_backward_dq_kernel(
 ):  # fmt: skip
     tile = tl.cdiv(T * G, BLOCK_M) - 1 - tl.program_id(0) // (B * H)  # longest causal rows first
     head = tl.program_id(0) % (B * H)
-    b = (head // H).to(tl.int64)
-    j = (head % H).to(tl.int64)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_t = rows // G
-    row_ok = offs_t < T
+    b, j, offs_t, h, row_ok = tile_rows(tile, head, T, H, G, BLOCK_M)
     t = offs_t.to(tl.int64)
-    h = j * G + rows % G
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-
-    q_rows = q_ptr + b * q_strides[0] + t * q_strides[1] + h * q_strides[2]
-    dout_rows = dout_ptr + b * dout_strides[0] + t * dout_strides[1] + h * dout_strides[2]
-    q = load_rows(q_rows[:, None] + offs_d[None, :], row_ok, offs_d, D)
-    dout = load_rows(dout_rows[:, None] + offs_dv[None, :], row_ok, offs_dv, DV)
-    lse = tl.load(lse_ptr + (b * H * G + h) * T + t, mask=row_ok, other=float("inf"))
-    delta = tl.load(delta_ptr + (b * H * G + h) * T + t, mask=row_ok, other=0.0)
+    q, dout, lse, delta = load_queries(
+        q_ptr + b * q_strides[0], dout_ptr + b * dout_strides[0], lse_ptr + b * H * G * T, delta_ptr + b * H * G * T,
+        q_strides, dout_strides, t, h, row_ok, T, offs_d, offs_dv, D, DV,
+    )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     k_base = k_ptr + b * k_strides[0] + j * k_strides[2]
     v_base = v_ptr + b * v_strides[0] + j * v_strides[2]
-    first_token = tile * BLOCK_M // G
-    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+    first_token, last_token = tile_tokens(tile, T, G, BLOCK_M)
     begin, inner_begin, inner_end, end = key_range(bands, first_token, last_token, T, S, left, right, BLOCK_N)
     blocks, first, last = masked_blocks(begin, inner_begin, inner_end, end, BLOCK_N)
     dq = _sum_over_keys(
@@ -110,7 +93,7 @@ def _moda_backward_dq_kernel(
     tl.store(dq_ptr + offsets, dq, mask=row_ok[:, None] & (offs_d < D)[None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, dout: Layout, lse: Layout, dq_depth: Layout | None) -> Launch:
     tile = tuning.backward_dq_tile(q.device, q.dtype, p.D, p.DV)
     return Launch(

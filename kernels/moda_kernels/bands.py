@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moda_kernels.prepared import Launch, Layout, layout, prepared
+from moda_kernels import tuning
+from moda_kernels.launch import Launch, Layout, cached_launch, layout
 
 Bands = tuple[Tensor, Tensor, Tensor, Tensor] | None
 
@@ -75,12 +76,12 @@ def _moda_bands_kernel(
     tl.store(last_token_ptr + index, last, mask=index < S)
 
 
-@prepared
+@cached_launch
 def _prepare(cu_q: Layout, cu_k: Layout, T: int, S: int, left: int | None, right: int | None) -> Launch:
-    BLOCK = 128
     return Launch(
-        _moda_bands_kernel, triton.cdiv(max(T, S), BLOCK), cu_q.shape[0] - 1, T, S, left, right, BLOCK=BLOCK
-    )
+        _moda_bands_kernel, triton.cdiv(max(T, S), tuning.BANDS.BLOCK), cu_q.shape[0] - 1, T, S, left, right,
+        **tuning.BANDS._asdict(),
+    )  # fmt: skip
 
 
 def launch_bands(cu_q: Tensor, cu_k: Tensor, T: int, S: int, left: int | None, right: int | None) -> Bands:

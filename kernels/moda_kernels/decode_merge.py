@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import LN2, LOG2E, load_rows, online_softmax
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.rows import load_rows
+from moda_kernels.softmax import LN2, LOG2E, online_softmax
 
 
 @triton.jit(do_not_specialize=["B", "T", "splits"])
@@ -44,12 +45,12 @@ def _moda_decode_merge_kernel(
     tl.store(lse_ptr + lse_row + tl.arange(0, 1), (m_i + tl.log2(l_safe)) * LN2)
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, splits: int, out: Layout) -> Launch:
-    BLOCK_DV = tuning.block_dim(p.DV)
+    tile = tuning.decode_merge_tile(p.DV)
     return Launch(
         _moda_decode_merge_kernel, p.B * p.T * p.H * p.G, p.B, p.T, p.H * p.G, splits,
-        DV=p.DV, BLOCK_S=4096 // BLOCK_DV, BLOCK_DV=BLOCK_DV, num_warps=2,
+        DV=p.DV, BLOCK_DV=tuning.block_dim(p.DV), **tile._asdict(),
     )  # fmt: skip
 
 

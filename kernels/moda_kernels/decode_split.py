@@ -20,32 +20,40 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import (
-    band_mask,
-    base2_scores,
-    cache_places,
-    key_range,
-    load_rows,
-    natural_lse,
-    online_softmax,
-    skip_slots,
-)
 from moda_kernels.forward_depth import attend_depth
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.masks import band_mask, key_range
+from moda_kernels.rows import load_rows, tile_rows, tile_tokens
+from moda_kernels.slots import DepthLayout, depth_pointers, skip_slots
+from moda_kernels.softmax import base2_scores, natural_lse, online_softmax
 
 FARTHEST: tl.constexpr = tl.constexpr(2**30)
 """The last position that a length may say: sums of positions stay within 32 bits."""
 
 
 @triton.jit
+def cache_places(table_ptr, table_stride, b, positions, ok, pages, PAGE_SIZE: tl.constexpr):
+    """Where positions of sequence b lie on the first two axes of a cache, and which of those ok do.
+
+    ``table_ptr`` is None for a cache with one row of positions per sequence. Else it leads to the pages
+    of each sequence; entries of positions that are not ok are not read, and a page that does not exist
+    holds nothing.
+    """
+    if table_ptr is None:
+        return b, tl.cast(positions, tl.int64), ok
+    else:
+        page = tl.load(table_ptr + b * table_stride + positions // PAGE_SIZE, mask=ok, other=-1)
+        there = (page >= 0) & (page < pages)
+        return page.to(tl.int64), tl.cast(positions % PAGE_SIZE, tl.int64), there
+
+
+@triton.jit
 def _append(
     k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_new_strides, v_new_strides, k_strides, v_strides, table_ptr, table_stride,
     pages, b, j, origin, begin, end, T, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Write the new tokens, at origin.., whose positions are begin..end."""
-    BLOCK_T: tl.constexpr = 16
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     for start in range(0, T, BLOCK_T):
@@ -125,20 +133,14 @@ def _moda_decode_split_kernel(
     B, T, S, L, H, pages, splits,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_T: tl.constexpr, DEPTH_DOT: tl.constexpr, DEPTH_STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T * G, BLOCK_M)
     tile = tl.program_id(0) % tiles  # side by side: those that read the same keys
     split = tl.program_id(0) // tiles % splits
     head = tl.program_id(0) // tiles // splits
-    b = (head // H).to(tl.int64)
-    j = (head % H).to(tl.int64)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_t = rows // G
-    row_ok = offs_t < T
-    query_head = j * G + rows % G
-    first_token = tile * BLOCK_M // G
-    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+    b, j, offs_t, query_head, row_ok = tile_rows(tile, head, T, H, G, BLOCK_M)
+    first_token, last_token = tile_tokens(tile, T, G, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
 
@@ -162,7 +164,7 @@ def _moda_decode_split_kernel(
         if (origin < end) & (origin + T > begin):
             _append(
                 k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_new_strides, v_new_strides, k_strides, v_strides,
-                table_ptr, table_stride, pages, b, j, origin, begin, end, T, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE,
+                table_ptr, table_stride, pages, b, j, origin, begin, end, T, D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, PAGE_SIZE,
             )  # fmt: skip
     m_i, l_i, acc = _attend_cache(
         q, m_i, l_i, acc, k_ptr, v_ptr, k_strides, v_strides, table_ptr, table_stride, pages, b, j,
@@ -173,8 +175,8 @@ def _moda_decode_split_kernel(
         share_l = tl.cdiv(tl.cdiv(L, splits), BLOCK_L) * BLOCK_L
         first_slot = (splits - 1 - split) * share_l  # the last splits have the fewest keys
         m_i, l_i, acc = attend_depth(
-            q, m_i, l_i, acc, skip_slots(k_depth, first_slot), skip_slots(v_depth, first_slot), b, j, tile, T,
-            tl.minimum(L - first_slot, share_l), scale, softcap,
+            q, m_i, l_i, acc, (skip_slots(k_depth, first_slot), k_depth[1]), (skip_slots(v_depth, first_slot), v_depth[1]),
+            b, j, tile, T, tl.minimum(L - first_slot, share_l), scale, softcap,
             G, D, DV, BLOCK_L, DEPTH_DOT, DEPTH_STAGES, ALIGNED,
         )  # fmt: skip
 
@@ -189,7 +191,7 @@ def _moda_decode_split_kernel(
     tl.store(lses_ptr + (part * H * G + query_head) * T + offs_t, natural_lse(m_i, l_safe, q.dtype), mask=row_ok)
 
 
-@prepared
+@cached_launch
 def _prepare(
     p: Problem, tile: tuning.Tile, splits: int, q: Layout, k: Layout, v: Layout, k_new: Layout | None,
     v_new: Layout | None, seqlens: Layout, table: Layout | None, depth: DepthLayout,
@@ -200,7 +202,7 @@ def _prepare(
         q.strides[:3], k.strides[:3], v.strides[:3], k_new and k_new.strides[:3], v_new and v_new.strides[:3],
         table.strides[0] if table else 0, p.scale, p.left, p.softcap, p.B, p.T, p.S, p.L, p.H, k.shape[0], splits,
         G=p.G, D=p.D, DV=p.DV, PAGE_SIZE=k.shape[1] if table else 0,
-        BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV),
+        BLOCK_D=tuning.block_dim(p.D), BLOCK_DV=tuning.block_dim(p.DV), BLOCK_T=tuning.APPEND_BLOCK_T,
         ALIGNED=depth.aligned, **tile._asdict(), **depth_tile._asdict(),
     )  # fmt: skip
 

@@ -13,11 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import base2_log_p, base2_scores, load_rows, slot_rows
-from moda_kernels.prepared import Launch, Layout, Problem, layout, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
-
-RUN = 32  # tokens of a program
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout
+from moda_kernels.rows import load_rows
+from moda_kernels.slots import DepthLayout, depth_pointers, slot_rows
+from moda_kernels.softmax import base2_log_p, base2_scores
 
 
 @triton.jit(do_not_specialize=["T", "L", "stride_lb", "stride_lh", "stride_lt"])
@@ -47,7 +46,7 @@ def _moda_depth_mass_kernel(
                 rows_ok = t_ok[:, None] & g_ok[None, :]
                 q_rows = q_ptr + b * q_strides[0] + t * q_strides[1] + h[None, :] * q_strides[2]
                 q = load_rows(q_rows[:, :, None] + offs_d[None, None, :], rows_ok, offs_d, D)
-                k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, l_ok, dtype, ALIGNED)
+                k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, l_ok, ALIGNED)
                 k_ok = t_ok[:, None] & l_ok[None, :]
                 k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], k_ok, offs_d, D)
                 lse_ptrs = lse_ptr + b * stride_lb + h[None, :] * stride_lh + t * stride_lt
@@ -61,19 +60,20 @@ def _moda_depth_mass_kernel(
             tl.store(sums, acc / T, mask=g_ok[:, None] & l_ok[None, :])
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, q: Layout, lse: Layout, depth: DepthLayout) -> Launch:
     tile = tuning.depth_mass_tile(q.dtype, p.G, p.D)
     return Launch(
-        _moda_depth_mass_kernel, triton.cdiv(p.T, RUN) * p.B * p.H,
+        _moda_depth_mass_kernel, triton.cdiv(p.T, tile.RUN) * p.B * p.H,
         q.strides[:3], *lse.strides, p.scale, p.softcap, p.B, p.T, p.L, p.H,
-        RUN=RUN, G=p.G, D=p.D, BLOCK_D=tuning.block_dim(p.D), ALIGNED=depth.aligned, **tile._asdict(),
+        G=p.G, D=p.D, BLOCK_D=tuning.block_dim(p.D), ALIGNED=depth.aligned, **tile._asdict(),
     )  # fmt: skip
 
 
 def launch_depth_mass(p: Problem, q: Tensor, k_depth: list[Tensor], lse: Tensor) -> Tensor:
     """(B, HQ, L) in float32, contiguous; T and L >= 1."""
-    runs = q.new_empty(triton.cdiv(p.T, RUN), p.B, p.H * p.G, p.L, dtype=torch.float32)
+    tile = tuning.depth_mass_tile(q.dtype, p.G, p.D)
+    runs = q.new_empty(triton.cdiv(p.T, tile.RUN), p.B, p.H * p.G, p.L, dtype=torch.float32)
     (depth,), depth_layout = depth_pointers(k_depth)
     _prepare(p, layout(q), layout(lse), depth_layout)(q, depth, lse, runs)
     return runs.sum(0)

@@ -13,20 +13,13 @@ from torch import Tensor
 
 from moda_kernels import tuning
 from moda_kernels.bands import Bands
-from moda_kernels.common import (
-    band_mask,
-    base2_scores,
-    key_range,
-    keys_seen,
-    load_rows,
-    masked_blocks,
-    natural_lse,
-    online_softmax,
-)
 from moda_kernels.forward_chunk import attend_chunk
 from moda_kernels.forward_depth import attend_depth
-from moda_kernels.prepared import Launch, Layout, Problem, layout, lse_dtype, prepared
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout, lse_dtype
+from moda_kernels.masks import band_mask, key_range, keys_seen, masked_blocks
+from moda_kernels.rows import load_rows, tile_rows, tile_tokens
 from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.softmax import base2_scores, natural_lse, online_softmax
 
 
 @triton.jit
@@ -74,14 +67,8 @@ def _moda_forward_kernel(
     if mixed:  # or longest and shortest by turns
         tile = tl.where(turn % 2 == 0, tile + turn // 2, turn // 2)
     head = tl.program_id(0) % (B * H)
-    b = (head // H).to(tl.int64)
-    j = (head % H).to(tl.int64)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_t = rows // G
-    row_ok = offs_t < T
-    query_head = j * G + rows % G
-    first_token = tile * BLOCK_M // G
-    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+    b, j, offs_t, query_head, row_ok = tile_rows(tile, head, T, H, G, BLOCK_M)
+    first_token, last_token = tile_tokens(tile, T, G, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
 
@@ -133,7 +120,7 @@ def _moda_forward_kernel(
     tl.store(lse_ptr + (b * H * G + query_head) * T + offs_t, natural_lse(m_i, l_safe, q.dtype), mask=row_ok)
 
 
-@prepared
+@cached_launch
 def _prepare(p: Problem, q: Layout, k: Layout, v: Layout, depth: DepthLayout) -> Launch:
     tile = tuning.forward_tile(q.device, q.dtype, p.G, p.D, p.DV, depth.packed)
     depth_tile = tuning.forward_depth(q.device, q.dtype, p.G, p.D, p.DV, tile.BLOCK_M, depth.packed)

@@ -8,7 +8,10 @@ mask of its own.
 import triton
 import triton.language as tl
 
-from moda_kernels.common import base2_scores, chunk_mask, load_rows, online_softmax, slot_rows
+from moda_kernels.masks import chunk_mask
+from moda_kernels.rows import load_rows
+from moda_kernels.slots import slot_rows
+from moda_kernels.softmax import base2_scores, online_softmax
 
 
 @triton.jit
@@ -24,8 +27,8 @@ def attend_chunk(
         offs_e = start + tl.arange(0, BLOCK_N)
         ok = offs_e < end
         owners = offs_e // L
-        k_rows = slot_rows(k_depth, b, j, owners, offs_e % L, ok, q.dtype, ALIGNED)
-        v_rows = slot_rows(v_depth, b, j, owners, offs_e % L, ok, q.dtype, ALIGNED)
+        k_rows = slot_rows(k_depth, b, j, owners, offs_e % L, ok, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, owners, offs_e % L, ok, ALIGNED)
         k = load_rows(k_rows[:, None] + offs_d[None, :], ok, offs_d, D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_rows[:, None] + offs_dv[None, :], ok, offs_dv, DV)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]

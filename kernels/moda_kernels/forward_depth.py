@@ -14,16 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels import tuning
-from moda_kernels.common import (
-    base2_lse,
-    base2_scores,
-    load_rows,
-    natural_lse,
-    online_softmax,
-    slot_rows,
-)
-from moda_kernels.prepared import Launch, Layout, Problem, layout, lse_dtype, prepared
-from moda_kernels.slots import DepthLayout, depth_pointers
+from moda_kernels.launch import Launch, Layout, Problem, cached_launch, layout, lse_dtype
+from moda_kernels.rows import load_rows
+from moda_kernels.slots import DepthLayout, depth_pointers, slot_rows
+from moda_kernels.softmax import base2_lse, base2_scores, natural_lse, online_softmax
 
 
 @triton.jit
@@ -46,8 +40,8 @@ def _attend_depth_by_dot(
     for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
         offs_l = start + tl.arange(0, BLOCK_L)
         ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
-        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
-        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, q.dtype, ALIGNED)
+        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, ALIGNED)
         k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D)
         v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV)
         qk = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")  # [BLOCK_T, G, BLOCK_L]
@@ -78,8 +72,8 @@ def _attend_depth_by_sum(
     for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
         offs_l = start + tl.arange(0, BLOCK_L)
         ok = (offs_t < T)[:, None] & (offs_l < L)[None, :]
-        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
-        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, dtype, ALIGNED)
+        k_rows = slot_rows(k_depth, b, j, offs_t[:, None], offs_l, offs_l < L, ALIGNED)
+        v_rows = slot_rows(v_depth, b, j, offs_t[:, None], offs_l, offs_l < L, ALIGNED)
         k = load_rows(k_rows[:, :, None] + offs_d[None, None, :], ok, offs_d, D).to(tl.float32)
         v = load_rows(v_rows[:, :, None] + offs_dv[None, None, :], ok, offs_dv, DV).to(tl.float32)
         qk = tl.sum(q * k[:, None, :, :], 3)  # [BLOCK_T, GROUP, BLOCK_L]
@@ -163,7 +157,7 @@ def _moda_forward_depth_kernel(
     tl.store(lse_ptr + (b * H * G + h) * T + t, natural_lse(m_i, l_i, q.dtype), mask=row_ok)
 
 
-@prepared
+@cached_launch
 def _prepare(
     p: Problem, q: Layout, sequence: Layout | None, sequence_lse: Layout | None, depth: DepthLayout
 ) -> Launch:

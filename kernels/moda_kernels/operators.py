@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_kernels import library, tuning
+from moda_kernels import sdpa, tuning
 from moda_kernels.backward_chunk_dkv import launch_chunk_dkv
 from moda_kernels.backward_chunk_dq import launch_chunk_dq
 from moda_kernels.backward_delta import launch_delta
@@ -21,8 +21,8 @@ from moda_kernels.decode_split import FARTHEST, launch_decode_split
 from moda_kernels.depth_mass import launch_depth_mass
 from moda_kernels.forward import launch_forward
 from moda_kernels.forward_depth import launch_forward_depth
+from moda_kernels.launch import Problem, lse_dtype
 from moda_kernels.plans import backward_plan, forward_plan
-from moda_kernels.prepared import Problem, lse_dtype
 from moda_kernels.slots import is_packed
 
 KeyGradients = tuple[Any, Any, Any, Any]
@@ -78,15 +78,15 @@ def attention(
         return q.new_empty(*q.shape[:3], p.DV), q.new_empty(p.B, p.H * p.G, p.T, dtype=lse_dtype(q.dtype))
     with torch.cuda.device_of(q):
         p, bands = _packed(p, cu_seqlens)
-        apart = p.L > 0 and tuning.forward_apart(q.device, q.dtype, p.G, p.D, p.DV, is_packed(k_depth))
-        name = forward_plan(plan, p, q, k, v, apart).library
+        two_kernels = p.L > 0 and tuning.forward_two_kernels(q.device, q.dtype, p.G, p.D, p.DV, is_packed(k_depth))
+        name = forward_plan(plan, p, q, k, v, two_kernels).library
         if name is not None:
-            out, lse = library.attention(name, q, k, v, p.causal, p.scale)
+            out, lse = sdpa.attention(name, q, k, v, p.causal, p.scale)
             if p.L == 0:
                 return out.contiguous(), lse.contiguous().to(lse_dtype(q.dtype))
         elif p.L and p.S == 0:
             out, lse = None, None
-        elif apart:
+        elif two_kernels:
             out, lse = launch_forward(p._replace(L=0), q, k, v, [], [], bands)
         else:
             return launch_forward(p, q, k, v, k_depth, v_depth, bands)
@@ -133,7 +133,7 @@ def attention_backward(
         p, bands = _packed(p, cu_seqlens)
         name = backward_plan(plan, p, q, k, v, dlse).library if q.numel() else None
         if name is not None:
-            dq, *shares = library.attention_backward(
+            dq, *shares = sdpa.attention_backward(
                 name, dout, q, k, v, out, lse, p.causal, p.scale
             )
             if p.L:

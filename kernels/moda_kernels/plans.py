@@ -1,9 +1,9 @@
 """Which kernels a pass runs: its plan.
 
 "fused": Triton kernels of our own for sequence and depth. Forward is one kernel, under one online softmax, or, for
-groups of which the depth's sums would cost too much in it (moda_kernels.tuning.forward_apart), two.
+groups of which the depth's sums would cost too much in it (moda_kernels.tuning.forward_two_kernels), two.
 
-"split": the sequence by a library (see moda_kernels.library), depth by a streaming Triton kernel, which in
+"split": the sequence by a library (see moda_kernels.sdpa), depth by a streaming Triton kernel, which in
 forward goes on from the library's out and lse. Backward hands the library the merged out and lse, so that its
 probabilities are those of the one softmax: exact.
 
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moda_kernels import library, tuning
-from moda_kernels.prepared import Problem
+from moda_kernels import sdpa, tuning
+from moda_kernels.launch import Problem
 
 
 class Plan(NamedTuple):
@@ -28,9 +28,9 @@ class Plan(NamedTuple):
     reason: str
 
 
-def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor, apart: bool) -> Plan:
-    """Raise ValueError if ``plan`` is "split" and this call cannot be. ``apart``: a fused forward is two kernels."""
-    most = tuning.split_forward(p.G, p.D, p.DV, p.causal, apart)
+def forward_plan(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor, two_kernels: bool) -> Plan:
+    """Raise ValueError if ``plan`` is "split" and this call cannot be. ``two_kernels``: a fused forward is two."""
+    most = tuning.split_forward(p.G, p.D, p.DV, p.causal, two_kernels)
     chosen = _by_choice(plan, p, most) or _split(plan, p, q, k, v)
     if plan == "split" and chosen.library is None:
         raise ValueError(f"plan must be 'auto' or 'fused' for this call, got 'split': {chosen.reason}")
@@ -69,7 +69,7 @@ def _split(plan: str, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Plan:
         return Plan(None, f"a library's causal mask needs T = S, got T = {p.T} and S = {p.S}")
     if p.scale <= 0.0:
         return Plan(None, "a library's mask needs a positive scale")
-    library_name = library.select(q, k, v, p.causal)
+    library_name = sdpa.select(q, k, v, p.causal)
     if library_name is None:
         return Plan(None, "no library takes tensors of this dtype, head dim or alignment")
     if plan == "auto" and library_name != "cudnn":

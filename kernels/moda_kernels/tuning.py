@@ -12,17 +12,18 @@ import torch
 import triton
 
 DECODE_SPLITS = 128  # at most: parts of a sequence's keys that a decoding step merges
+APPEND_BLOCK_T = 16  # new tokens that a decoding program writes at a time
 
 
-def split_forward(G: int, D: int, DV: int, causal: bool, apart: bool) -> float:
+def split_forward(G: int, D: int, DV: int, causal: bool, two_kernels: bool) -> float:
     """Floating-point operations of the sequence, in forward, above which a split forward is faster. Sooner where a
-    fused one hides less depth: where that is ``apart``, and in groups of one or four, against two and eight.
+    fused one hides less depth: where it is ``two_kernels``, and in groups of one or four, against two and eight.
     """
     if max(D, DV) > 64:
-        return 3e10 if apart else 1e11
+        return 3e10 if two_kernels else 1e11
     if G == 1:
         return 1e11 if causal else 3e10
-    return 6.5e10 if apart or G == 4 else 1e12
+    return 6.5e10 if two_kernels or G == 4 else 1e12
 
 
 def split_backward(G: int, D: int, DV: int, causal: bool) -> float:
@@ -67,6 +68,50 @@ class DepthTile(NamedTuple):
     BLOCK_L: int
     num_warps: int
     num_stages: int
+
+
+class DepthMassTile(NamedTuple):
+    """RUN tokens, by BLOCK_T of them and BLOCK_G query heads against BLOCK_L slots."""
+
+    RUN: int
+    BLOCK_T: int
+    BLOCK_G: int
+    BLOCK_L: int
+    num_warps: int
+    num_stages: int
+
+
+class DeltaTile(NamedTuple):
+    """BLOCK_T tokens of one query head."""
+
+    BLOCK_T: int
+    num_warps: int
+
+
+class BandsTile(NamedTuple):
+    """BLOCK tokens, and as many keys."""
+
+    BLOCK: int
+    num_warps: int
+
+
+class DecodeMergeTile(NamedTuple):
+    """BLOCK_S parts of a row at a time."""
+
+    BLOCK_S: int
+    num_warps: int
+
+
+class SlotTable(NamedTuple):
+    """How many words of a table of slots one program writes: it takes them as arguments, at most 4 KB."""
+
+    words: int
+    num_warps: int
+
+
+BACKWARD_DELTA = DeltaTile(BLOCK_T=64, num_warps=4)
+BANDS = BandsTile(BLOCK=128, num_warps=4)
+SLOT_TABLE = SlotTable(words=128, num_warps=1)
 
 
 def block_dim(head_dim: int) -> int:
@@ -133,9 +178,9 @@ def forward_mixed(device: torch.device, programs: int, D: int, DV: int, packed: 
 
 
 @lru_cache
-def forward_apart(device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, packed: bool) -> bool:
-    """Whether depth has a kernel of its own, which has dots for any group: for three heads and more sums cost
-    more than a pass over out.
+def forward_two_kernels(device: torch.device, dtype: torch.dtype, G: int, D: int, DV: int, packed: bool) -> bool:
+    """Whether a fused forward is two kernels. The second, for depth, has dots for any group; for three heads and more
+    sums in the first would cost more than a pass over out.
     """
     BLOCK_M = forward_tile(device, dtype, G, D, DV, packed).BLOCK_M
     return G >= 3 and not forward_depth(device, dtype, G, D, DV, BLOCK_M, packed).DEPTH_DOT
@@ -167,12 +212,13 @@ def backward_depth_tile(dtype: torch.dtype, G: int, D: int, DV: int) -> DepthTil
     return DepthTile(1, BLOCK_G, 16, 1, 2)
 
 
-def depth_mass_tile(dtype: torch.dtype, G: int, D: int) -> DepthTile:
+@lru_cache
+def depth_mass_tile(dtype: torch.dtype, G: int, D: int) -> DepthMassTile:
     """A token by a warp, as in the forward over depth; wide groups go by in parts."""
     width = block_dim(D)
     if dtype is torch.float32:
-        return DepthTile(1, 16, 16, 4, 1)
-    return DepthTile(1, min(triton.next_power_of_2(G), 4096 // width), 16, 1, 2)
+        return DepthMassTile(32, 1, 16, 16, 4, 1)
+    return DepthMassTile(32, 1, min(triton.next_power_of_2(G), 4096 // width), 16, 1, 2)
 
 
 def backward_dq_tile(device: torch.device, dtype: torch.dtype, D: int, DV: int) -> Tile:
@@ -242,3 +288,7 @@ def decode_splits(device: torch.device, tile: Tile, key_bytes: int, programs: in
     in_flight = tile.num_stages * tile.BLOCK_N * key_bytes
     wanted = (1 if in_flight > 65_536 else 2) * multiprocessors(device) // programs
     return max(1, min(wanted, triton.cdiv(S, 2 * tile.BLOCK_N), DECODE_SPLITS))
+
+
+def decode_merge_tile(DV: int) -> DecodeMergeTile:
+    return DecodeMergeTile(4096 // block_dim(DV), 2)

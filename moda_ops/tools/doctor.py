@@ -61,8 +61,8 @@ def _cuda() -> str:
 def plans(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
     """Which plan "auto" gives each pass at some shapes of training, and why."""
     from moda_kernels import tuning
+    from moda_kernels.launch import Problem
     from moda_kernels.plans import backward_plan, forward_plan
-    from moda_kernels.prepared import Problem
 
     rows = []
     for T, G, L, D in (
@@ -73,7 +73,7 @@ def plans(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
     ):
         q, k = (torch.empty(1, T, heads, D, device=device, dtype=dtype) for heads in (8 * G, 8))
         p = Problem(1, T, T, L, 8, G, D, D, D**-0.5, None, 0, None)
-        two_kernels = tuning.forward_apart(device, dtype, G, D, D, True)
+        two_kernels = tuning.forward_two_kernels(device, dtype, G, D, D, True)
         forward = forward_plan("auto", p, q, k, k, two_kernels)
         chosen = forward, backward_plan("auto", p, q, k, k, None)
         said = (f"{'split' if plan.library else 'fused'} ({plan.reason})" for plan in chosen)

@@ -74,7 +74,7 @@ def main(capability: str, shared_memory: str, head_dim: str, dtype: str, group: 
 
     triton.runtime.driver.set_active(Driver(int(capability)))
     import moda_kernels
-    from moda_kernels import library, tuning
+    from moda_kernels import sdpa, tuning
 
     kernels, needed, narrow = [], dict[str, int](), set[str]()
     for info in pkgutil.iter_modules(moda_kernels.__path__):
@@ -83,8 +83,8 @@ def main(capability: str, shared_memory: str, head_dim: str, dtype: str, group: 
             kernels.append(getattr(module, name))
             setattr(module, name, Compiling(kernels[-1], needed, narrow))
     tuning.shared_memory = lambda device: int(shared_memory)
-    by_library = library.attention
-    library.attention = lambda *a: tuple(x.contiguous() for x in by_library(*a))  # as cuDNN does
+    by_library = sdpa.attention
+    sdpa.attention = lambda *a: tuple(x.contiguous() for x in by_library(*a))  # as cuDNN does
 
     D, G = int(head_dim), int(group)
 

@@ -9,6 +9,6 @@ from moda_kernels import tuning
 def h100(monkeypatch):
     monkeypatch.setattr(tuning, "shared_memory", lambda device: 232_448)
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 132)
-    tuning.forward_apart.cache_clear()
+    tuning.forward_two_kernels.cache_clear()
     yield
-    tuning.forward_apart.cache_clear()
+    tuning.forward_two_kernels.cache_clear()

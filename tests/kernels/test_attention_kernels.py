@@ -230,14 +230,16 @@ def test_programs_are_mixed_where_that_was_faster():
 
 
 @pytest.mark.usefixtures("h100")
-def test_depth_goes_apart_where_sums_cost_more_than_a_pass():
+def test_depth_has_a_kernel_of_its_own_where_sums_cost_more_than_a_pass():
     sizes = itertools.product((1, 2, 3, 4, 6, 8, 12, 16), (True, False))
-    apart = {
+    two_kernels = {
         (G, packed)
         for G, packed in sizes
-        if tuning.forward_apart(torch.device("cpu"), torch.float16, G, 64, 64, packed)
+        if tuning.forward_two_kernels(torch.device("cpu"), torch.float16, G, 64, 64, packed)
     }
-    assert apart == {(G, packed) for G in (3, 6, 12) for packed in (True, False)} | {(4, False)}
+    assert two_kernels == {(G, packed) for G in (3, 6, 12) for packed in (True, False)} | {
+        (4, False)
+    }
 
 
 @pytest.mark.parametrize(

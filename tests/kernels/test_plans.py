@@ -22,10 +22,10 @@ from helpers import (
     plain_attention,
     rounding,
 )
-from moda_kernels import library, operators, tuning
+from moda_kernels import operators, sdpa, tuning
+from moda_kernels.launch import Problem
 from moda_kernels.operators import problem
 from moda_kernels.plans import backward_plan, forward_plan
-from moda_kernels.prepared import Problem
 from moda_ops.operators import definition as ops
 
 MEASUREMENTS = Path(__file__).parents[2] / "docs" / "measurements"
@@ -140,7 +140,7 @@ def tensors(device, dtype=torch.float16, offset=0):
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    monkeypatch.setattr(library, "select", lambda *tensors: "cudnn")
+    monkeypatch.setattr(sdpa, "select", lambda *tensors: "cudnn")
 
 
 @pytest.mark.usefixtures("cudnn", "h100")
@@ -154,10 +154,10 @@ def test_auto_is_near_the_faster_plan_at_every_measured_shape(device):
         sizes = {name: case[name] for name in "BTHGD"} | dict(S=T, DV=D)
         p = causal_problem(**sizes, right=0 if causal else None)
         assert p.flops == (2 if causal else 4) * case["B"] * T**2 * G * case["H"] * D
-        apart = tuning.forward_apart(torch.device("cpu"), torch.bfloat16, G, D, D, True)
+        two_kernels = tuning.forward_two_kernels(torch.device("cpu"), torch.bfloat16, G, D, D, True)
         q_k_v = tensors(device)
         plans = dict(
-            forward=forward_plan("auto", p, *q_k_v, apart),
+            forward=forward_plan("auto", p, *q_k_v, two_kernels),
             backward=backward_plan("auto", p, *q_k_v, None),
         )
         rows = {row["contender"]: row for row in case["rows"]}
@@ -171,7 +171,7 @@ def test_auto_is_near_the_faster_plan_at_every_measured_shape(device):
 @pytest.mark.usefixtures("cudnn")
 def test_auto_leaves_the_overlap_of_large_groups_and_short_sequences_alone(device):
     """The rows of docs/performance.md, and of lists in docs/measurements/attempts.json."""
-    for sizes, apart, splits in (
+    for sizes, two_kernels, splits in (
         (dict(), False, (True, True)),
         (dict(G=2), False, (False, True)),
         (dict(T=4096), False, (False, True)),
@@ -188,12 +188,12 @@ def test_auto_leaves_the_overlap_of_large_groups_and_short_sequences_alone(devic
         p = causal_problem(**(dict(T=16384, D=64) | sizes))
         p = p._replace(S=p.T, DV=p.D)
         q_k_v = tensors(device)
-        got = forward_plan("auto", p, *q_k_v, apart), backward_plan("auto", p, *q_k_v, None)
+        got = forward_plan("auto", p, *q_k_v, two_kernels), backward_plan("auto", p, *q_k_v, None)
         assert tuple(plan.library is not None for plan in got) == splits, sizes
 
 
-@pytest.mark.parametrize(("G", "L", "apart"), [(3, 2, True), (2, 2, False), (3, 0, False)])
-def test_the_forward_says_whether_depth_is_apart(G, L, apart, device, monkeypatch):
+@pytest.mark.parametrize(("G", "L", "two_kernels"), [(3, 2, True), (2, 2, False), (3, 0, False)])
+def test_the_forward_says_whether_it_is_two_kernels(G, L, two_kernels, device, monkeypatch):
     told = []
 
     def plan(*arguments):
@@ -203,12 +203,12 @@ def test_the_forward_says_whether_depth_is_apart(G, L, apart, device, monkeypatc
     monkeypatch.setattr(operators, "forward_plan", plan)
     inputs = make_inputs(1, 5, G, 1, 16, L, device=device)
     moda_kernels.attention(*inputs, 0.25, None, 0, None)
-    assert told == [apart]
+    assert told == [two_kernels]
 
 
 def test_auto_splits_for_cudnn_alone(device, monkeypatch):
     p, q_k_v = causal_problem(), tensors(device)
-    monkeypatch.setattr(library, "select", lambda *tensors: "flash")
+    monkeypatch.setattr(sdpa, "select", lambda *tensors: "flash")
     reason = "flash has not been measured to be faster"
     assert forward_plan("auto", p, *q_k_v, False) == (None, reason)
     assert backward_plan("auto", p, *q_k_v, None) == (None, reason)

@@ -149,13 +149,13 @@ def library(name: str) -> Any:
     """The sequence alone by one of the GPU kernels behind ``scaled_dot_product_attention``."""
 
     def prepare(x: Inputs, case: Case) -> Passes:
-        from moda_kernels import library
+        from moda_kernels import sdpa
 
         arguments = case.causal, case.D**-0.5
-        out, lse = library.attention(name, x.q, x.k, x.v, *arguments)
+        out, lse = sdpa.attention(name, x.q, x.k, x.v, *arguments)
         return Passes(
-            lambda: library.attention(name, x.q, x.k, x.v, *arguments)[0],
-            lambda: library.attention_backward(name, x.dout, *x[:3], out, lse, *arguments),
+            lambda: sdpa.attention(name, x.q, x.k, x.v, *arguments)[0],
+            lambda: sdpa.attention_backward(name, x.dout, *x[:3], out, lse, *arguments),
         )
 
     return prepare

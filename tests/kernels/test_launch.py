@@ -6,7 +6,7 @@ from test_attention_kernels import run_kernels
 
 from helpers import assert_matches_reference, make_inputs
 from moda_kernels import backward_delta, backward_depth, backward_dkv, backward_dq, forward
-from moda_kernels.prepared import Launch, layout
+from moda_kernels.launch import Launch, layout
 
 
 class Recorder:

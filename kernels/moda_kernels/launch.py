@@ -85,5 +85,5 @@ class Launch:
             self._compiled[self._grid](*pointers, *self._arguments, *self._placeholders)
 
 
-prepared: Callable[[Callable[..., Launch]], Callable[..., Launch]] = lru_cache(maxsize=4096)
+cached_launch: Callable[[Callable[..., Launch]], Callable[..., Launch]] = lru_cache(maxsize=4096)
 """Keeps what a function prepares. A model of 48 layers has up to 96 problems for each length and batch."""
