@@ -208,18 +208,6 @@ def test_sinks_keep_to_the_keys_that_there_are(device):
                 moda_sink_mass(q, k, lse, **options, cu_seqlens=pair)
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("L", [0, 3])
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck(form, L, grad, device):
-    inputs = make_inputs(2, 5, 4, 2, 16, L, device=device, form=form)
-    q, _, _, k_depth, _ = inputs.map(lambda x: x.requires_grad_(grad))
-    lse = torch.full((2, 4, 5), 4.0, device=device, requires_grad=grad)
-    for kwargs in ({}, {"scale": 0.3, "softcap": 5.0}):
-        op = torch.ops.moda.depth_mass.default
-        torch.library.opcheck(op, (q, k_depth, lse), kwargs)
-
-
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_no_gradient_passes_and_none_is_disturbed(backend, device):
     """Logged beside the loss, compiled as one graph, it changes no gradient."""
