@@ -1,5 +1,6 @@
 """Kernels run compiled where there is a GPU, and through Triton's interpreter elsewhere."""
 
+import gc
 import os
 import sys
 from typing import Any
@@ -14,11 +15,17 @@ os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        gpu = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
+
+
+def pytest_collection_finish() -> None:
+    """No garbage collection looks again at what has been imported, nor does ``gc.get_objects``."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Training as users do it: compiled, checkpointed, in bfloat16, in parts, on several processes."""
+"""Training as users do it: compiled, checkpointed, in bfloat16, in parts, in several threads."""
 
 import copy
 import gc
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
@@ -711,50 +707,7 @@ def test_training_resumes_from_a_file(kind: Kind) -> None:
         assert_equal(step(resumed, resumed_optimizer), step(model, optimizer))
 
 
-# Several processes and threads
-
-PARALLEL = {
-    "DDP": DistributedDataParallel,
-    "FSDP": lambda model: shard(model),
-    "FSDP-checkpointed": lambda model: shard(checkpoint_blocks(model)),
-}
-
-
-def shard(model: MoDALanguageModel) -> MoDALanguageModel:
-    mesh = init_device_mesh("cpu", (2,))
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh)
-    return model
-
-
-def train_half(rank: int, folder: Path) -> None:
-    """One of two processes, each with half of every batch."""
-    store = f"file://{folder / 'store'}"
-    distributed.init_process_group("gloo", store, timedelta(seconds=60), world_size=2, rank=rank)
-    steps = {
-        (name, kind.__name__): train(parallel(make_model()), kind, rows=slice(rank, None, 2))
-        for name, parallel in PARALLEL.items()
-        for kind in (DepthStream, DepthSlots)
-    }
-    torch.save(steps, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], list[Tensor]]]:
-    folder = tmp_path_factory.mktemp("halves")
-    torch.multiprocessing.spawn(train_half, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-@every_stream
-@pytest.mark.parametrize("name", PARALLEL)
-def test_two_processes_train_as_one(name: str, kind: Kind, halves: list[Any]) -> None:
-    exact, plain = (train(make_model(dtype), kind) for dtype in (torch.float64, torch.float32))
-    first, second = (half[name, kind.__name__] for half in halves)
-    own = [not torch.equal(a, b) for a, b in zip(first, second, strict=True)]
-    assert sum(own) == 2, "each process has its own two losses, and the same gradients"
-    assert_same([(a + b) / 2 for a, b in zip(first, second, strict=True)], exact, plain)
+# Several threads; for several processes see test_distributed.py
 
 
 @every_stream
@@ -768,7 +721,7 @@ def test_threads_train_as_alone(kind: Kind) -> None:
 
 def test_threads_allocate_streams() -> None:
     def allocate(_: int) -> None:
-        for _ in range(1000):
+        for _ in range(300):
             streams = [DepthStream.allocate(1, 1, 1, 1, 1) for _ in range(10)]
             assert {stream.slots for stream in streams} == {1}
 
