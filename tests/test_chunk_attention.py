@@ -31,8 +31,9 @@ def test_nothing_to_chunk(B, T, S, L, device):
     assert_matches_reference(inputs, run_public(moda_chunk_attention, **options), **options)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("form", ["list", "packed"])
+@pytest.mark.parametrize(
+    ("options", "form"), list(zip(OPTIONS, ["list", "packed"] * 2, strict=True)), ids=str
+)
 def test_kernels_behind_the_operator(form, options, device, monkeypatch):
     """What CUDA tensors get, by the interpreter where there is no GPU."""
     import moda_kernels

@@ -62,7 +62,7 @@ def test_shapes(D, G, N, L, page_size, DV, splits, form, append, dtype, device, 
     force_splits(splits)
     check(
         make_decoding(
-            [0, 197, 64] if append else [N, 130, 300], N, 2 * G, 2, D, L, DV=DV,
+            [0, 137, 64] if append else [N, 66, 172], N, 2 * G, 2, D, L, DV=DV,
             page_size=page_size, append=append, dtype=dtype, device=device, form=form,
         )
     )  # fmt: skip
