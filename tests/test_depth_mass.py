@@ -176,21 +176,27 @@ def test_sink_matches_reference(T, S, options, keys, device):
     np.testing.assert_allclose(mass.cpu().numpy(), exact, rtol=200 * EPS, atol=EPS)
 
 
+@pytest.mark.parametrize("cached", [0, 2], ids=["", "more keys than queries"])
 @pytest.mark.parametrize("keys", [1, 3])
-def test_sinks_of_packed_documents(keys, device):
+def test_sinks_of_packed_documents(keys, cached, device):
     lengths, more = [3, 0, 7, 1], 2  # and rows after the last document
-    inputs = make_inputs(1, sum(lengths) + more, 4, 2, 16, 2, device=device)
+    documents = len(lengths)
+    inputs = make_inputs(
+        1, sum(lengths) + more, 4, 2, 16, 2, S=sum(lengths) + more + cached * documents,
+        device=device,
+    )  # fmt: skip
     q, k, v, *depth = inputs
     ends = np.cumsum([0, *lengths])
-    cu = torch.tensor(ends, dtype=torch.int32, device=device)
+    key_ends = ends + cached * np.arange(documents + 1)
+    cu = [torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, key_ends)]
     slots = [[x[0] for x in slots] for slots in depth]
-    _, lse = moda_attention_varlen(q[0], k[0], v[0], *slots, cu, cu, return_lse=True)
-    mass = moda_sink_mass(q, k, lse[None], keys=keys, window=4, cu_seqlens=(cu, cu))
+    _, lse = moda_attention_varlen(q[0], k[0], v[0], *slots, *cu, return_lse=True)
+    mass = moda_sink_mass(q, k, lse[None], keys=keys, window=4, cu_seqlens=tuple(cu))
     expected = torch.zeros_like(mass)
-    for begin, end in pairwise(ends):
-        part = slice(begin, end)
-        one = moda_sink_mass(q[:, part], k[:, part], lse[None, :, part], keys=keys, window=4)
-        expected += one * (end - begin) / q.shape[1]
+    for rows, columns in zip(pairwise(ends), pairwise(key_ends), strict=True):
+        part, there = slice(*rows), slice(*columns)
+        one = moda_sink_mass(q[:, part], k[:, there], lse[None, :, part], keys=keys, window=4)
+        expected += one * (rows[1] - rows[0]) / q.shape[1]
     torch.testing.assert_close(mass, expected, rtol=1e-5, atol=1e-7)
 
 
