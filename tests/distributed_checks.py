@@ -25,6 +25,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import moda_ops.distributed  # noqa: F401
 from helpers import (
@@ -336,6 +337,27 @@ def check_fully_sharded(options: dict[str, Any], functional: bool) -> None:
     tokens, targets = (x.chunk(ranks)[dist.get_rank()] for x in make_text())
     loss_of(model(tokens, DepthSlots() if functional else None), targets).backward()
     assert_same_step(config, gradients(model))
+
+
+def check_data_parallel(name: str, kind: type) -> None:
+    """Half of every batch on each of two ranks: its own losses, and one process's gradients."""
+    from test_training import assert_same, checkpoint_blocks, make_model, train
+
+    model = make_model(torch.float64)
+    if name == "DDP":
+        model = DistributedDataParallel(model)
+    else:
+        if name == "FSDP-checkpointed":
+            checkpoint_blocks(model)
+        shard_blocks(model, mesh=mesh_of(2))
+    mine = train(model, kind, rows=slice(dist.get_rank(), None, 2))
+    both = [torch.stack([x, x]) for x in mine]
+    for pair, x in zip(both, mine, strict=True):
+        dist.all_gather(list(pair.unbind()), x)
+    own = sum(not torch.equal(*pair) for pair in both)
+    assert own == 2, "each process has its own two losses, and the same gradients"
+    exact, plain = (train(make_model(dtype), kind) for dtype in (torch.float64, torch.float32))
+    assert_same([pair.mean(0) for pair in both], exact, plain)
 
 
 def check_embedding_sharded_by_itself(cast: bool) -> None:

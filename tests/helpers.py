@@ -1,5 +1,6 @@
 """One helper makes inputs, one asserts; plus attention as anybody would write it in PyTorch."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,17 @@ def in_dtypes(turn: int, *values: Any, id: str) -> list[Any]:
         pytest.param(*values, *dtype.values, id=f"{id}-{dtype.id}", marks=dtype.marks)
         for dtype in dtypes
     ]
+
+
+def by_turns(*axes: Any) -> list[Any]:
+    """Every combination of the axes' values, with a dtype, as ``in_dtypes`` gives it."""
+    cases = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [axis[place] for axis, place in zip(axes, places, strict=True)]
+        flat = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
+        name = "-".join(str(value).replace("torch.", "") for value in values)
+        cases += in_dtypes(sum(places), *flat, id=name)
+    return cases
 
 
 class Inputs(NamedTuple):

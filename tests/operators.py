@@ -10,6 +10,7 @@ from moda_ops.rules.autograd import flatten, lengths, unflatten
 
 DIFFERENTIABLE = ("attention", "attention_varlen", "chunk_attention", "depth_attention")
 BACKWARD = tuple(f"{name}_backward" for name in DIFFERENTIABLE)
+EVERY = (*DIFFERENTIABLE, *BACKWARD, "decode", "decode_", "depth_mass")
 T, S = 5, 7
 DOCUMENTS = [[0, 2, 2, 4], [0, 3, 3, 4], [0, 0, 1, 5]]  # of T queries; rows may follow the last
 KEY_DOCUMENTS = [[0, 3, 4, 6], [0, 3, 3, 7], [0, 1, 1, 7]]  # of S keys
@@ -38,15 +39,25 @@ def make_call(name: str, seed: int = 0, **inputs: Any) -> Call:
         return backward_of(make_call(name.removesuffix("_backward"), seed, **inputs))
     shape = dict(B=2, T=T, HQ=4, H=2, D=8, L=3, S=S, DV=4) | inputs
     device = shape.get("device", "cpu")
-    if name == "decode":
+    if name == "depth_mass":
+        depth_attention = make_call("depth_attention", seed, **inputs)
+        q, k_depth, _ = depth_attention.arguments
+        lse = depth_attention.run()[1]
+        return Call(name, [q, k_depth, lse], depth_attention.options)
+    if name in ("decode", "decode_"):
         del shape["B"], shape["T"], shape["S"]
-        paged = shape.pop("page_size", None)
-        case = make_decoding([4 + seed, 2], 2, seed=seed, page_size=paged, spare=3 - seed, **shape)
+        paged, append = shape.pop("page_size", None), name == "decode_"
+        before = [2 + seed, 0] if append else [4 + seed, 2]
+        case = make_decoding(
+            before, 2, append=append, seed=seed, page_size=paged, spare=3 - seed, **shape
+        )
         q, _, _, *depth = case.inputs
         caches, table = [case.k_cache, case.v_cache], [case.block_table]
         if paged is None:  # there is no junk to stay away from
             caches, table = [x.nan_to_num(0.5) for x in caches], []
-        return Call(name, [q, *caches, *depth, case.cache_seqlens, *table], dict(window_left=2))
+        new = [case.k_new, case.v_new] if append else []
+        arguments = [q, *caches, *depth, case.cache_seqlens, *new, *table]
+        return Call(name, arguments, dict(window_left=2))
     x = make_inputs(**shape, seed=seed)
     if name == "attention":
         return Call(name, list(x), dict(window_left=3, softcap=2.0))

@@ -129,6 +129,10 @@ def test_second_derivatives_are_refused(name):
         grad(lambda *x: grad(loss, floating[0])(*x).sum(), floating[0])(*leaves)
     with pytest.raises(NotImplementedError, match=message):
         jacrev(grad(loss, floating[0]), floating[0])(*leaves)
+    q = leaves[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(*leaves), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=message):
+        gradient.sum().backward()
 
 
 def test_a_stream_refuses_forward_mode():

@@ -1,12 +1,7 @@
 """Depth shared within chunks: values, torch.ops.moda.chunk_attention to PyTorch, errors."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers import FORMS, assert_matches_reference, make_inputs
 from moda_ops import moda_chunk_attention
@@ -36,79 +31,9 @@ def test_nothing_to_chunk(B, T, S, L, device):
     assert_matches_reference(inputs, run_public(moda_chunk_attention, **options), **options)
 
 
-@pytest.mark.parametrize("form", ["list", "packed"])
-def test_gradcheck(form):
-    inputs = make_inputs(1, 5, 4, 2, 3, 2, S=6, DV=2, dtype=torch.float64, form=form)
-    leaves = [x.requires_grad_() for x in inputs.leaves()]
-    n, options = len(inputs.k_depth), dict(chunk_size=3, softcap=1.5, window_left=2)
-
-    def f(q, k, v, *depth):
-        return torch.ops.moda.chunk_attention(q, k, v, depth[:n], depth[n:], **options)
-
-    assert torch.autograd.gradcheck(f, leaves)
-
-
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck(form, grad, device):
-    inputs = make_inputs(2, 5, 4, 2, 16, 3, S=7, DV=24, device=device, form=form)
-    inputs = inputs.map(lambda x: x.requires_grad_(grad))
-    options = {"scale": 0.3, "window_left": 4, "softcap": 5.0}
-    for kwargs in ({"chunk_size": 2}, {"chunk_size": 9, **options}):
-        torch.library.opcheck(torch.ops.moda.chunk_attention.default, tuple(inputs), kwargs)
-    detached = inputs.map(torch.Tensor.detach)
-    out, lse = torch.ops.moda.chunk_attention(*detached, chunk_size=2)
-    for dlse in (None, torch.randn_like(lse)):
-        args = (torch.randn_like(out), dlse, *detached, out, lse)
-        kwargs = {"chunk_size": 2}
-        torch.library.opcheck(torch.ops.moda.chunk_attention_backward.default, args, kwargs)
-
-
-def test_no_second_derivative(device):
-    q = torch.randn(1, 3, 1, 16, device=device, requires_grad=True)
-    x = q.detach()
-    loss = moda_chunk_attention(q, x, x, [x], [x], 2).sum()
-    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="moda::chunk_attention has no second derivative"):
-        grad.sum().backward()
-
-
-FIRST_CALL = """
-import torch, moda_ops
-def attend(q, d):
-    return moda_ops.moda_chunk_attention(q, d[0], d[1], d, d, 2)
-q, *d = (torch.randn(1, 5, 2, 16, device="{device}", requires_grad=True) for _ in range(3))
-out = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, d)
-out.sum().backward()
-torch.testing.assert_close(out, attend(q, d))
-assert q.grad.isfinite().all() and d[1].grad.isfinite().all()
-print("compiled")
-"""
-
-
-def test_first_call_may_be_compiled(device):
-    code = FIRST_CALL.format(device=device)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
-    assert result.stdout == "compiled\n", result.stderr
-
-
-@pytest.mark.parametrize("form", ["list", "packed"])
-def test_one_graph_serves_several_lengths(form, device):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(moda_chunk_attention, dynamic=True, fullgraph=True, backend=counter)
-    for T, chunk_size in ((19, 4), (23, 7), (64, 100)):
-        inputs = make_inputs(3, T, 4, 2, 16, 5, device=device, form=form, seed=T)
-        run = run_public(compiled, chunk_size=chunk_size)
-        assert_matches_reference(inputs, run, chunk_size=chunk_size)
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("form", ["list", "packed"])
+@pytest.mark.parametrize(
+    ("options", "form"), list(zip(OPTIONS, ["list", "packed"] * 2, strict=True)), ids=str
+)
 def test_kernels_behind_the_operator(form, options, device, monkeypatch):
     """What CUDA tensors get, by the interpreter where there is no GPU."""
     import moda_kernels

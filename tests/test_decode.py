@@ -1,9 +1,5 @@
 """moda_decode and its operators as PyTorch sees them, and against moda_attention."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -174,47 +170,6 @@ def test_caches_may_share_one_buffer(device):
         both = torch.cat([case.k_cache, case.v_cache], -1)
         results.append((f(both, case), both))
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("page_size", [None, 4])
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck(form, page_size, device):
-    """The caches are zeros where there is nothing: opcheck compares all of an argument."""
-    options = {"scale": 0.3, "window_left": 4, "softcap": 5.0}
-    for append in (False, True):
-        case = make_decoding(
-            [5, 2], 2, 4, 2, 16, 3, DV=24, page_size=page_size, append=append, device=device,
-            form=form,
-        )  # fmt: skip
-        q, _, _, k_depth, v_depth = case.inputs
-        caches = case.k_cache.nan_to_num(0), case.v_cache.nan_to_num(0)
-        new = (case.k_new, case.v_new) if append else ()
-        op = torch.ops.moda.decode_ if append else torch.ops.moda.decode
-        args = (q, *caches, k_depth, v_depth, case.cache_seqlens, *new, case.block_table)
-        for kwargs in ({}, options):
-            torch.library.opcheck(op.default, args, kwargs)
-
-
-FIRST_CALL = """
-import torch, moda_ops
-f = torch.compile(moda_ops.moda_decode, fullgraph=True, backend="aot_eager")
-cache = torch.zeros(2, 1, 8, 2, 16, device="{device}")
-q, k, v, d = (torch.randn(1, 1, 2, 16, device="{device}") for _ in range(4))
-n = torch.zeros(1, dtype=torch.int32, device="{device}")
-out = f(q, *cache, [d], [d], n, k_new=k, v_new=v)
-assert torch.equal(cache[0, 0, 0], k[0, 0]) and not cache[:, :, 1:].any()
-torch.testing.assert_close(out, moda_ops.moda_attention(q, k, v, [d], [d]))
-print("compiled")
-"""
-
-
-def test_first_call_may_be_compiled(device):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", FIRST_CALL.format(device=device)],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
-    assert result.stdout == "compiled\n", result.stderr
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

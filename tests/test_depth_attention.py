@@ -1,12 +1,7 @@
 """Attention over depth alone: values, torch.ops.moda.depth_attention to PyTorch, errors."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import moda_reference
 from helpers import FORMS, Inputs, assert_matches_reference, make_inputs
@@ -79,76 +74,6 @@ def test_empty_batch_and_sequence(B, T, device):
     )
     assert out.shape == (B, T, 2, 24) and lse.shape == (B, 2, T)
     assert [g.shape for g in grads.leaves()] == [x.shape for x in inputs.leaves()]
-
-
-@pytest.mark.parametrize("form", ["list", "packed"])
-def test_gradcheck(form):
-    inputs = make_inputs(1, 4, 4, 2, 3, 3, S=0, DV=2, dtype=torch.float64, form=form)
-    leaves = [x.requires_grad_() for x in (inputs.q, *inputs.k_depth, *inputs.v_depth)]
-    n = len(inputs.k_depth)
-
-    def f(q, *depth):
-        return torch.ops.moda.depth_attention(q, depth[:n], depth[n:], softcap=1.5)
-
-    assert torch.autograd.gradcheck(f, leaves)
-
-
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("L", [0, 3])
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck(form, L, grad, device):
-    inputs = make_inputs(2, 5, 4, 2, 16, L, S=0, DV=24, device=device, form=form)
-    q, _, _, k_depth, v_depth = inputs.map(lambda x: x.requires_grad_(grad))
-    for kwargs in ({}, {"scale": 0.3, "softcap": 5.0}):
-        args = q, k_depth, v_depth
-        torch.library.opcheck(torch.ops.moda.depth_attention.default, args, kwargs)
-    q, _, _, k_depth, v_depth = inputs.map(torch.Tensor.detach)
-    out, lse = torch.ops.moda.depth_attention(q, k_depth, v_depth)
-    for dlse in (None, torch.randn_like(lse)):
-        args = (torch.randn_like(out), dlse, q, k_depth, v_depth, out, lse)
-        torch.library.opcheck(torch.ops.moda.depth_attention_backward.default, args)
-
-
-def test_no_second_derivative(device):
-    q = torch.randn(1, 3, 1, 16, device=device, requires_grad=True)
-    loss = moda_depth_attention(q, [q.detach()], [q.detach()], return_lse=True)[1].sum()
-    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="moda::depth_attention has no second derivative"):
-        grad.sum().backward()
-
-
-FIRST_CALL = """
-import torch, moda_ops
-f = torch.compile(
-    lambda q, d: moda_ops.moda_depth_attention(q, d, d), fullgraph=True, backend="aot_eager"
-)
-q, *d = (torch.randn(1, 5, 2, 16, device="{device}", requires_grad=True) for _ in range(3))
-out = f(q, d)
-out.sum().backward()
-torch.testing.assert_close(out, moda_ops.moda_depth_attention(q, d, d))
-assert q.grad.isfinite().all() and d[1].grad.isfinite().all()
-print("compiled")
-"""
-
-
-def test_first_call_may_be_compiled(device):
-    code = FIRST_CALL.format(device=device)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
-    assert result.stdout == "compiled\n", result.stderr
-
-
-@pytest.mark.parametrize("form", ["list", "packed"])
-def test_one_graph_serves_several_lengths(form, device):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(moda_depth_attention, dynamic=True, fullgraph=True, backend=counter)
-    for T in (19, 23, 64):
-        inputs = make_inputs(3, T, 4, 2, 16, 5, S=0, device=device, form=form, seed=T)
-        assert_matches_reference(inputs, run_depth(compiled))
-    assert counter.frame_count == 1
 
 
 CASES = [

@@ -10,16 +10,19 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import distributed_checks as checks
+from moda_ops import DepthSlots, DepthStream
 from moda_ops.nn.context_parallel import ContextParallel
 from moda_ops.nn.pipeline import PipelineStage
 from moda_ops.nn.tensor_parallel import tensor_parallel
 from ranks import Ranks
 
+BACKENDS = ["gloo"]
+if torch.cuda.device_count() > 1:
+    BACKENDS.append(pytest.param("nccl", marks=pytest.mark.gpu))
 
-@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+
+@pytest.fixture(scope="module", params=BACKENDS)
 def ranks(request):
-    if request.param == "nccl" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     group = Ranks(2, request.param)
     yield group
     group.stop()
@@ -28,21 +31,26 @@ def ranks(request):
 SHAPE = dict(B=2, T=7, HQ=6, H=2, D=8, L=3, DV=5)
 
 
+DTENSORS = [
+    ("attention", {}),
+    ("attention", {"window": 2, "softcap": 3.0}),
+    ("attention", {"causal": False}),
+    ("depth_attention", {"scale": 0.3}),
+    ("chunk_attention", {"chunk_size": 3}),  # whose tokens stay together
+]
+
+
 @pytest.mark.parametrize("form", ["list", "packed"])
-@pytest.mark.parametrize("axis", ["batch", "tokens", "heads", None])
 @pytest.mark.parametrize(
-    ("operator", "options"),
+    ("operator", "options", "axis"),
     [
-        ("attention", {}),
-        ("attention", {"window": 2, "softcap": 3.0}),
-        ("attention", {"causal": False}),
-        ("depth_attention", {"scale": 0.3}),
-        ("chunk_attention", {"chunk_size": 3}),
+        (*case, axis)
+        for case in DTENSORS
+        for axis in ("batch", "tokens", "heads", None)
+        if (case[0], axis) != ("chunk_attention", "tokens")
     ],
 )
 def test_dtensor(ranks, operator, options, axis, form):
-    if operator == "chunk_attention" and axis == "tokens":
-        pytest.skip("a chunk's tokens stay together")
     ranks(checks.check_dtensor, operator, [axis], options, SHAPE | {"form": form})
 
 
@@ -134,6 +142,14 @@ def test_tensor_parallel_communication(ranks, options, backward):
 @pytest.mark.parametrize("options", [{}, {"depth": "attention"}], ids=str)
 def test_fully_sharded(ranks, options, functional):
     ranks(checks.check_fully_sharded, options, functional)
+
+
+@pytest.mark.parametrize("kind", [DepthStream, DepthSlots])
+@pytest.mark.parametrize("name", ["DDP", "FSDP", "FSDP-checkpointed"])
+def test_two_processes_train_as_one(ranks, name, kind):
+    if ranks.backend == "nccl":
+        pytest.skip("computes on CPUs")
+    ranks(checks.check_data_parallel, name, kind)
 
 
 @pytest.mark.parametrize("cast", [False, True])

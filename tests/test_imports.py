@@ -23,49 +23,71 @@ FORBIDDEN = {
 }
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Top-level modules in memory after ``statement`` in a fresh process."""
-    code = f"import sys; sys.path[:0] = {[str(p.parent) for p in SOURCES.values()]}; {statement}; "
-    code += "print(*{name.split('.')[0] for name in sys.modules})"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    return set(result.stdout.split())
+TRIES = """
+import importlib.metadata, os, sys, torch
+
+version, plain = importlib.metadata.version, {name.split(".")[0] for name in sys.modules}
+def old(name): return "4.56.2" if name == "transformers" else version(name)
+def load(): import moda_ops, moda_ops.nn
+def call():
+    import moda_ops
+    x = torch.zeros(1, 2, 1, 16)
+    moda_ops.moda_attention(x, x, x)
+def hf_without_transformers():
+    sys.modules["transformers"] = None
+    import moda_ops.hf
+def hf_with_an_old_transformers():
+    importlib.metadata.version = old
+    import moda_ops.hf
+
+for attempt in (load, call, hf_without_transformers, hf_with_an_old_transformers):
+    if child := os.fork():  # each in a process that has imported PyTorch alone
+        os.waitpid(child, 0)
+        continue
+    try:
+        attempt()
+        said = sorted({name.split(".")[0] for name in sys.modules} - plain)
+    except ImportError as error:
+        said = [f"ImportError: {error}", repr(error.__cause__)]
+    print([attempt.__name__, *said], flush=True)
+    os._exit(0)
+"""
 
 
-def test_importing_moda_ops_loads_no_kernels():
+@pytest.fixture(scope="module")
+def said() -> dict[str, list[str]]:
+    """Of each of TRIES what it has loaded beside PyTorch, or why it could not."""
+    roots = [str(path.parent) for path in SOURCES.values()]
+    code = f"import sys; sys.path[:0] = {roots}\n{TRIES}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = map(ast.literal_eval, result.stdout.splitlines())
+    found = {name: rest for name, *rest in lines}
+    assert len(found) == 4, result.stderr
+    return found
+
+
+def test_importing_moda_ops_loads_no_kernels(said):
     # PyTorch itself decides whether it loads Triton, so Triton must be what plain torch loads.
-    extra = loaded_by("import moda_ops, moda_ops.nn") - loaded_by("import torch")
+    extra = set(said["load"])
     assert "moda_ops" in extra
     assert not extra & {"triton", "moda_kernels", "moda_reference", "click", "matplotlib", "tqdm"}
     assert not extra & {"transformers", "safetensors", "sklearn"}
 
 
+def test_cpu_tensors_never_load_the_kernels(said):
+    assert "moda_ops" in said["call"] and not {"triton", "moda_kernels"} & set(said["call"])
+
+
 NEEDED = "ImportError: moda_ops.hf needs transformers 4.57 or newer: pip install 'moda-ops[hf]'"
 
 
-def test_hf_without_transformers_names_the_extra():
-    code = "import sys; sys.modules['transformers'] = None; import moda_ops.hf"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == NEEDED
+def test_hf_without_transformers_names_the_extra(said):
+    assert said["hf_without_transformers"][0] == NEEDED
 
 
-def test_hf_with_an_old_transformers_names_the_versions():
-    code = """
-import importlib.metadata
-version = importlib.metadata.version
-importlib.metadata.version = lambda name: "4.56.2" if name == "transformers" else version(name)
-import moda_ops.hf
-"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stderr.splitlines()[-1] == NEEDED
-    assert "transformers>=4.57 is required" in result.stderr and "4.56.2" in result.stderr
-
-
-def test_cpu_tensors_never_load_the_kernels():
-    call = "x = __import__('torch').zeros(1, 2, 1, 16); moda_ops.moda_attention(x, x, x)"
-    assert not loaded_by(f"import moda_ops; {call}") & {"triton", "moda_kernels"}
+def test_hf_with_an_old_transformers_names_the_versions(said):
+    message, cause = said["hf_with_an_old_transformers"]
+    assert message == NEEDED and "transformers>=4.57 is required" in cause and "4.56.2" in cause
 
 
 def imports(path: pathlib.Path, *, top_level_only: bool = False) -> set[str]:

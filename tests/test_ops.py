@@ -1,9 +1,5 @@
 """torch.ops.moda.* as PyTorch sees them: schemas, fakes, autograd, compile, export."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,7 +16,6 @@ from moda_ops import (
     moda_depth_mass,
     moda_sink_mass,
 )
-from operators import BACKWARD, DIFFERENTIABLE, make_call
 
 
 def as_arguments(inputs: Inputs):
@@ -73,38 +68,6 @@ def test_strides_of_what_is_empty_do_not_matter(device):
     assert not moda_attention(q, no_keys, no_keys).any()
 
 
-@pytest.mark.parametrize("L", [0, 1, 3])
-@pytest.mark.parametrize("form", ["list", "packed"])
-def test_gradcheck(form, L):
-    inputs = make_inputs(1, 4, 4, 2, 3, L, S=5, DV=2, dtype=torch.float64, form=form)
-    leaves = [x.requires_grad_() for x in inputs.leaves()]
-    n = len(inputs.k_depth)
-
-    def f(q, k, v, *depth):
-        return torch.ops.moda.attention(q, k, v, depth[:n], depth[n:], softcap=1.5, window_left=2)
-
-    assert torch.autograd.gradcheck(f, leaves)
-
-
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck(form, grad, device):
-    inputs = make_inputs(2, 5, 4, 2, 16, 3, S=7, DV=24, device=device, form=form)
-    inputs = inputs.map(lambda x: x.requires_grad_(grad))
-    options = {"causal": False, "scale": 0.3, "window_left": 4, "window_right": 1, "softcap": 5.0}
-    for kwargs in ({}, options):
-        torch.library.opcheck(torch.ops.moda.attention.default, tuple(inputs), kwargs)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck_of_backward(form, device):
-    inputs = make_inputs(2, 5, 4, 2, 16, 3, S=7, DV=24, device=device, form=form)
-    out, lse = torch.ops.moda.attention(*inputs)
-    for dlse in (None, torch.randn_like(lse)):
-        args = (torch.randn_like(out), dlse, *inputs, out, lse)
-        torch.library.opcheck(torch.ops.moda.attention_backward.default, args)
-
-
 def test_gradient_through_one_output_only(device):
     q, k, v, k_depth, v_depth = make_inputs(1, 6, 2, 1, 16, 2, device=device)
     q.requires_grad_()
@@ -138,49 +101,6 @@ def test_autocast_does_not_reach_inside(device):
     inputs = make_inputs(1, 9, 4, 2, 16, 2, dtype=torch.bfloat16, device=device)
     with torch.autocast(device.type, torch.bfloat16):
         assert_matches_reference(inputs, run_public())
-
-
-def test_no_second_derivative(device):
-    q, k, v, _, _ = make_inputs(1, 3, 1, 1, 16, 0, device=device)
-    q.requires_grad_()
-    (grad,) = torch.autograd.grad(moda_attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.sum().backward()
-
-
-FIRST_CALL = """
-import torch, moda_ops
-f = torch.compile(
-    lambda q, k, v, d: moda_ops.moda_attention(q, k, v, d, d), fullgraph=True, backend="aot_eager"
-)
-q, k, v, d = (torch.randn(1, 5, 2, 16, device="{device}", requires_grad=True) for _ in range(4))
-out = f(q, k, v, [d])
-out.sum().backward()
-eager = moda_ops.moda_attention(q, k, v, [d], [d])
-torch.testing.assert_close(out, eager)
-assert q.grad.isfinite().all() and d.grad.isfinite().all()
-print("compiled")
-"""
-
-
-def test_first_call_may_be_compiled(device):
-    code = FIRST_CALL.format(device=device)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
-    assert result.stdout == "compiled\n", result.stderr
-
-
-@pytest.mark.parametrize("form", ["list", "packed"])
-def test_one_graph_serves_several_lengths(form, device):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(moda_attention, dynamic=True, fullgraph=True, backend=counter)
-    for T in (19, 23, 64):  # dynamic shapes take sizes that start out equal for equal forever
-        inputs = make_inputs(3, T, 4, 2, 16, 5, device=device, form=form, seed=T)
-        assert_matches_reference(inputs, run_public(compiled))
-    assert counter.frame_count == 1
 
 
 def test_export_round_trip(tmp_path, device):
@@ -274,26 +194,6 @@ def test_inductor(device):
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("form", ["list", "packed"])
-@pytest.mark.parametrize("name", [*DIFFERENTIABLE, *BACKWARD, "decode"])
-def test_meta_tensors(name, form):
-    """What the operator returns, on meta: nothing computed, all checks made."""
-    call = make_call(name, form=form)
-    leaves = [x.to("meta") for x in call.leaves()]
-    for x in leaves:
-        x.requires_grad_(name in DIFFERENTIABLE and x.is_floating_point())
-    results = call.run(*leaves)
-    for x, y in zip(results, call.run(), strict=True):
-        assert x.is_meta
-        assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
-    needed = [x for x in leaves if x.requires_grad]
-    if needed:
-        grads = torch.autograd.grad([x.sum() for x in results], needed)
-        assert all(g.is_meta and g.shape == x.shape for g, x in zip(grads, needed, strict=True))
-    with pytest.raises(ValueError, match="must be on q's device"):
-        call.run(*leaves[:-1], call.leaves()[-1])
 
 
 def test_public_functions_of_meta_tensors():

@@ -45,6 +45,7 @@ ELSEWHERE = {  # script: the test that runs it
     "tests/fuzz.py": "tests/test_fuzz.py",
     "tests/kernels/compile_for.py": "tests/kernels/test_other_gpus.py",
     "tests/kernels/every_kernel.py": "tests/kernels/test_other_gpus.py",
+    "tests/mutate.py": "tests/test_mutate.py",
     "tutorials/execute.py": "tests/test_tutorials.py",
 }
 

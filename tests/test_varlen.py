@@ -77,50 +77,6 @@ def test_matches_the_reference(options: dict[str, Any], form: str) -> None:
         np.testing.assert_allclose(actual.detach(), expected, rtol=0, atol=1e-12)
 
 
-def test_gradcheck() -> None:
-    x = inputs()
-    small = [y[..., :2].detach().requires_grad_() for y in leaves(x)]
-
-    def f(q: Tensor, k: Tensor, v: Tensor, *depth: Tensor) -> Any:
-        slots = list(depth[:L]), list(depth[L:])
-        cu = x["cu_seqlens_q"], x["cu_seqlens_k"]
-        out, lse = moda_attention_varlen(q, k, v, *slots, *cu, return_lse=True)
-        return out, lse.masked_fill(lse.isinf(), 0.0)
-
-    assert torch.autograd.gradcheck(f, small, fast_mode=True)
-
-
-@pytest.mark.parametrize("form", ["list", "packed"])
-def test_opcheck(form: str) -> None:
-    x = inputs(form, torch.float32)
-    for leaf in leaves(x):
-        leaf.requires_grad_()
-    depth = [[y] if form == "packed" else y for y in (x["k_depth"], x["v_depth"])]
-    arguments = x["q"], x["k"], x["v"], *depth, x["cu_seqlens_q"], x["cu_seqlens_k"]
-    torch.library.opcheck(torch.ops.moda.attention_varlen, arguments, dict(softcap=3.0))
-    plain = [y.detach() if isinstance(y, Tensor) else [z.detach() for z in y] for y in arguments]
-    out, lse = torch.ops.moda.attention_varlen(*plain)
-    backward = torch.ops.moda.attention_varlen_backward
-    torch.library.opcheck(backward, (out, lse, *plain, out, lse))
-
-
-def test_one_graph_serves_other_lengths() -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        moda_attention_varlen, backend="aot_eager", fullgraph=True, dynamic=True
-    )
-    for lengths in ([5, 4], [1, 0, 11], [8]):
-        total, cu = sum(lengths), starts(lengths)
-        q = torch.randn(total, HQ, D, requires_grad=True)
-        k, v = torch.randn(total, H, D), torch.randn(total, H, DV)
-        for f in (compiled, moda_attention_varlen):
-            out = f(q, k, v, [k], [v], cu, cu)
-            (grad,) = torch.autograd.grad(out.square().sum(), q)
-            if f is compiled:
-                expected = out, grad
-        torch.testing.assert_close((out, grad), expected)
-
-
 def test_rows_after_the_last_document_see_depth_alone() -> None:
     x = inputs()
     cu, cu_k = starts([5, 3]), starts([7, 1])

@@ -201,9 +201,9 @@ def test_both_twins_learn_the_digits(tmp_path: Path) -> None:
     depths: list[Depth] = ["residual", "kv+ffn"]
     device = torch.device("cpu")
     results = digits.run(
-        tmp_path, depths=depths, steps=150, seeds=1, device=device, echo=lines.append
+        tmp_path, depths=depths, steps=60, seeds=1, device=device, echo=lines.append
     )
-    assert all(accuracy > 93 for (accuracy,) in results.values()), results
+    assert all(accuracy > 85 for (accuracy,) in results.values()), results
     record = json.loads((tmp_path / "digits.json").read_text())
     assert record["held_out_accuracy_percent"] == results
     assert VisionConfig(**record["config"]) == digits.CONFIG

@@ -101,6 +101,7 @@ class LibraryAttention(NamedTuple):
     """A stream without depth whose attention is torch's own."""
 
     unused: None = None
+    written = 0  # slots
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool

@@ -7,9 +7,9 @@ from test_varlen_kernels import assert_documents_match_reference, document, docu
 import moda_kernels
 from helpers import (
     COMPILED,
-    DTYPES,
     Inputs,
     assert_matches_reference,
+    by_turns,
     in_dtypes,
     make_cotangents,
     make_inputs,
@@ -76,23 +76,23 @@ SHAPES = [  # B, T, S, HQ, H, D, DV, L
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("B", "T", "S", "HQ", "H", "D", "DV", "L"), SHAPES)
+@pytest.mark.parametrize(("B", "T", "S", "HQ", "H", "D", "DV", "L", "dtype"), by_turns(SHAPES))
 def test_matches_reference(B, T, S, HQ, H, D, DV, L, dtype, device):
     inputs = make_inputs(B, T, HQ, H, D, L, S=S, DV=DV, dtype=dtype, device=device)
     assert_matches_reference(inputs, run_stream(S is None, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("S", "options"),
-    [
-        (None, dict(causal=False)),
-        (None, dict(window=3, softcap=1.5, scale=0.4)),
-        (15, dict(window=3, softcap=1.5, scale=0.4)),
-        (15, dict(causal=False, window=(6, 2), softcap=2.0)),
-        (0, dict(causal=False, softcap=2.0, scale=0.7)),
-    ],
+    ("S", "options", "dtype"),
+    by_turns(
+        [
+            (None, dict(causal=False)),
+            (None, dict(window=3, softcap=1.5, scale=0.4)),
+            (15, dict(window=3, softcap=1.5, scale=0.4)),
+            (15, dict(causal=False, window=(6, 2), softcap=2.0)),
+            (0, dict(causal=False, softcap=2.0, scale=0.7)),
+        ]
+    ),
 )
 def test_options(S, options, dtype, device):
     """Alone, and on top of a running gradient."""
@@ -112,15 +112,16 @@ def test_depth_alone_is_a_sequence_of_no_keys(device):
     assert torch.equal(stream.attend_depth(inputs.q, **options)[0], expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("queries", "keys", "parts", "options"),
-    [
-        ([13, 0, 1, 7], None, 1, {}),
-        ([9, 0, 1, 4], None, 2, dict(window=(3, 1), softcap=2.0, scale=0.3)),
-        ([4, 6, 2], [4, 0, 9], 1, dict(causal=False)),
-        ([3, 0, 5, 1], [8, 2, 3, 1], 1, dict(window=3, softcap=2.0)),
-    ],
+    ("queries", "keys", "parts", "options", "dtype"),
+    by_turns(
+        [
+            ([13, 0, 1, 7], None, 1, {}),
+            ([9, 0, 1, 4], None, 2, dict(window=(3, 1), softcap=2.0, scale=0.3)),
+            ([4, 6, 2], [4, 0, 9], 1, dict(causal=False)),
+            ([3, 0, 5, 1], [8, 2, 3, 1], 1, dict(window=3, softcap=2.0)),
+        ]
+    ),
 )
 def test_packed_documents(queries, keys, parts, options, dtype, device, monkeypatch):
     """Alone, and on top of a running gradient; without keys of their own the newest slot's."""
@@ -150,8 +151,7 @@ PLACES = dict(
 every_place = pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
 
 
-@every_place
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("places", "dtype"), by_turns([*PLACES.values()]))
 def test_dropped_slots(places, dtype, device):
     """Of the four slots that are there the last is the sequence; then five, and keys outside."""
     T = 9 if COMPILED else 3
@@ -173,10 +173,9 @@ def test_running_gradient_of_slots_that_are_left(places, newest, dtype, device):
     assert_running_is_added(inputs, newest, places=places)
 
 
-@pytest.mark.parametrize("newest", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("HQ", "H", "D", "L"), [(4, 2, 16, 3), (16, 2, 64, 17), (64, 1, 64, 5), (3, 1, 70, 2)]
+    ("HQ", "H", "D", "L", "newest", "dtype"),
+    by_turns([(4, 2, 16, 3), (16, 2, 64, 17), (64, 1, 64, 5), (3, 1, 70, 2)], [True, False]),
 )
 def test_running_gradient_is_added_before_the_one_rounding(HQ, H, D, L, dtype, newest, device):
     B, T = (2, 23) if COMPILED else (1, 5)
