@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moda_ops.nn.config import BlockConfig
 from moda_ops.operators.attention import moda_attention
-from moda_ops.operators.checks import EMPTY_STREAM, check_both
+from moda_ops.operators.checks import check_both
 from moda_ops.operators.decode import moda_decode
+from moda_ops.stream.checks import EMPTY_STREAM
 from moda_ops.stream.depth_slots import DepthSlots
 
 

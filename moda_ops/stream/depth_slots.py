@@ -11,11 +11,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from moda_ops.operators.arguments import Window, check_tensors
 from moda_ops.operators.attention import moda_attention
 from moda_ops.operators.attention_varlen import moda_attention_varlen
-from moda_ops.operators.checks import EMPTY_STREAM, Plan, check_both
+from moda_ops.operators.checks import Plan, check_both
 from moda_ops.operators.depth_attention import moda_depth_attention
 from moda_ops.operators.other_names import knows_other_names
 from moda_ops.stream.arguments import check_kept, document_bounds
 from moda_ops.stream.checkpointing import REENTRANT, in_reentrant_forward
+from moda_ops.stream.checks import EMPTY_STREAM
 
 _without_gradient = WeakTensorKeyDictionary()
 """The keys that a reentrant checkpoint wrote to a DepthSlots in its pass without gradients."""

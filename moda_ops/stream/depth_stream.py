@@ -17,12 +17,13 @@ from moda_ops.operators.arguments import (
     window_sides,
 )
 from moda_ops.operators.attention import moda_attention
-from moda_ops.operators.checks import DTYPES, Plan, slots_left, sum_dtype
+from moda_ops.operators.checks import DTYPES, Plan, sum_dtype
 from moda_ops.operators.other_names import knows_other_names
 from moda_ops.rules.autocast import compute_dtype
 from moda_ops.stream import operators as operators  # registers torch.ops.moda.stream_*
 from moda_ops.stream.arguments import check_kept, document_bounds
 from moda_ops.stream.checkpointing import REENTRANT, in_reentrant_forward
+from moda_ops.stream.checks import slots_left
 from moda_ops.stream.guard import check_gradients, check_written, mark_without_gradient
 
 

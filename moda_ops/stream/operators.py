@@ -28,20 +28,18 @@ import torch
 from torch import Tensor
 
 from moda_ops.operators import definition as ops
-from moda_ops.operators.checks import (
-    check_backward,
-    check_like,
-    check_stream,
-    check_stream_attention,
-    check_stream_write,
-    lse_dtype,
-    slots_left,
-)
+from moda_ops.operators.checks import check_backward, check_like, lse_dtype
 from moda_ops.operators.options import OPTIONS, Options
 from moda_ops.rules.autocast import Autocast
 from moda_ops.rules.autograd import no_derivative, register_autograd
 from moda_ops.rules.flops import known_documents, visible_pairs
 from moda_ops.rules.operator import Operator, define
+from moda_ops.stream.checks import (
+    check_stream,
+    check_stream_attention,
+    check_stream_write,
+    slots_left,
+)
 from moda_ops.stream.guard import check_written, claim, remember
 
 
