@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moda_ops import private
 from moda_ops.nn.model import MoDABlock, MoDATransformer
 from moda_ops.stream.depth_slots import DepthSlots
 from moda_ops.stream.depth_stream import DepthStream
@@ -84,5 +85,5 @@ def _call(
 ) -> Any:
     if isinstance(stream, DepthStream) and not torch.compiler.is_compiling():
         # Otherwise Dynamo specialises on the second block's number of slots.
-        torch._dynamo.maybe_mark_dynamic(stream.token, 0)
+        private.mark_dynamic(stream.token, 0)
     return compiled.get(type(stream), _run)(block, x, rotary, stream)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from moda_ops import private
 from moda_ops.nn.cache import CachedStream, KVCache
 from moda_ops.nn.config import BlockConfig
 from moda_ops.nn.layers import rotary_angles
@@ -132,7 +133,7 @@ def generate(
             *cache.v,
             cache.lengths,
         ):  # a CUDA graph may then change them in place
-            torch._dynamo.mark_static_address(tensor, guard=False)
+            private.mark_static_address(tensor)
 
     new, ended = list[Tensor](), torch.zeros(len(rows), dtype=torch.bool, device=device)
     with _Bar(longest + max_new_tokens, progress) as bar:

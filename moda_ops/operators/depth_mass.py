@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moda_ops import private
 from moda_ops.operators import definition, eager
 from moda_ops.operators.arguments import (
     DepthArgument,
@@ -202,7 +203,7 @@ def _documents(
     check_cu_seqlens(cu_q, cu_k, q)
     if q.shape[0] != 1:
         raise ValueError(f"packed documents need a batch of B = 1, got B = {q.shape[0]}")
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    traced = torch.compiler.is_compiling() or private.transforms_active()
     if type(cu_q) is Tensor and cu_q.device.type == "cpu" and not traced:
         eager.bounds("cu_seqlens_q", cu_q, q.shape[1])
         eager.bounds("cu_seqlens_k", cu_k, S)

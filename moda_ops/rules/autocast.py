@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moda_ops import private
+
 
 class Autocast(NamedTuple):
     """Arguments that are not cast; all others are."""
@@ -56,14 +58,14 @@ def _register(library: torch.library.Library, name: str, rule: Autocast, device:
     memory = names.index(rule.memory[0]) if rule.memory else None
     kept = [names.index(argument) for argument in (*rule.memory, *rule.as_given)]
     key = f"Autocast{device.upper()}"
-    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    below = private.DispatchKeySet(getattr(private.DispatchKey, key))
 
     def autocast(*arguments: Any, **options: Any) -> Any:
         dtype = torch.get_autocast_dtype(device) if memory is None else arguments[memory].dtype
         arguments = tuple(
             x if i in kept else _cast(x, device, dtype) for i, x in enumerate(arguments)
         )
-        with torch._C._ExcludeDispatchKeyGuard(below):
+        with private.ExcludeKeys(below):
             return op(*arguments, **options)
 
     library.impl(name, autocast, key)

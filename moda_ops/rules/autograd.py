@@ -10,8 +10,9 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
+
+from moda_ops import private
 
 Lengths = list[int | None]
 
@@ -19,7 +20,7 @@ Lengths = list[int | None]
 class _Call(NamedTuple):
     """What a call consists of beside its flattened arguments, and how its results are nested."""
 
-    keyset: torch._C.DispatchKeySet
+    keyset: Any
     options: dict[str, Any]
     inputs: Lengths
     results: Lengths
@@ -69,12 +70,12 @@ def register_autograd(
 
     def forward(ctx: Any, call: _Call, *flat: Any) -> tuple[Any, ...]:
         inputs = unflatten(flat, call.inputs)
-        keyset = call.keyset & torch._C._after_autograd_keyset
+        keyset = call.keyset & private.after_autograd_keys
         # A Function runs without gradients; an outer transform of torch.func needs its own.
         with (
             torch.set_grad_enabled(call.outer),
-            forward_ad._set_fwd_grad_enabled(call.outer),
-            torch._C._AutoDispatchBelowAutograd(),
+            private.set_forward_grad_enabled(call.outer),
+            private.BelowAutograd(),
         ):
             output = op.redispatch(keyset, *inputs, **call.options)
             if setup_context is not None:
@@ -99,15 +100,15 @@ def register_autograd(
 
     apply = super(Function, formula).apply  # Function's own refuses transforms of torch.func
 
-    def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **options: Any) -> Any:
-        needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-        if not needed and forward_ad._current_level < 0:
-            with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs, **options)
+    def autograd(keyset: Any, *inputs: Any, **options: Any) -> Any:
+        needed = torch.is_grad_enabled() and private.any_requires_grad(*inputs)
+        if not needed and private.forward_mode_level() < 0:
+            with private.BelowAutograd():
+                return op.redispatch(keyset & private.after_autograd_keys, *inputs, **options)
         inputs = (*inputs, *defaults[len(inputs) :])  # the dispatcher drops arguments at defaults
-        outer = torch._C._are_functorch_transforms_active()
+        outer = private.transforms_active()
         call = _Call(keyset, options, lengths(inputs), [], outer)
-        with enable_single_level_autograd_function():
+        with private.single_level_function():
             flat = apply(call, *flatten(inputs))
         results = unflatten(flat, call.results)
         return tuple(results) if len(results) > 1 else results[0]
@@ -128,9 +129,9 @@ def without_gradient(library: torch.library.Library, name: str) -> None:
     """Let the results of ``moda::name`` require no gradient, whatever its arguments do."""
     op = getattr(torch.ops.moda, name).default
 
-    def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **options: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs, **options)
+    def autograd(keyset: Any, *inputs: Any, **options: Any) -> Any:
+        with private.BelowAutograd():
+            return op.redispatch(keyset & private.after_autograd_keys, *inputs, **options)
 
     library.impl(name, autograd, "Autograd", with_keyset=True)
 
@@ -145,15 +146,15 @@ def refuse_gradients(library: torch.library.Library, name: str, message: str) ->
     def needs_derivative(x: Any) -> bool:
         if torch.is_grad_enabled() and x.requires_grad:
             return True
-        return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+        return private.forward_mode_level() >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
-    def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any, **options: Any) -> Any:
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    def autograd(keyset: Any, *inputs: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled() or private.forward_mode_level() >= 0:
             for argument, given in zip(op._schema.arguments, inputs, strict=False):
                 tensors = flatten([given])
                 if any(isinstance(x, torch.Tensor) and needs_derivative(x) for x in tensors):
                     raise RuntimeError(message.format(argument.name))
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs, **options)
+        with private.BelowAutograd():
+            return op.redispatch(keyset & private.after_autograd_keys, *inputs, **options)
 
     library.impl(name, autograd, "Autograd", with_keyset=True)

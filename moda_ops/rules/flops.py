@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moda_ops import private
+
 Pairs = Callable[..., int]
 """Takes an operator's arguments by name, and returns the pairs of one query head."""
 FLOP_COUNTER = "torch.utils.flop_counter"
@@ -60,11 +62,7 @@ def visible_pairs(
 
 def known_values(x: Tensor) -> list[int] | None:
     """What is in a tensor, if there is anything."""
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    unknown = isinstance(x, (FakeTensor, FunctionalTensor)) or x.device.type == "meta"
-    return None if unknown else x.tolist()
+    return None if private.holds_no_values(x) else x.tolist()
 
 
 def known_documents(cu_seqlens: Sequence[Tensor], T: int, S: int) -> Iterator[tuple[int, int]]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moda_ops import private
 from moda_ops.rules.autograd import flatten
 
 
@@ -115,7 +116,7 @@ def _register(library: torch.library.Library, name: str, rule: Vmap) -> None:
         return tuple(outputs), tuple(out_dims)
 
     def batched_gradients(*arguments: Any, **options: Any) -> tuple[Any, ...]:
-        level = torch._C._vmapmode_decrement_nesting() + 1  # outside it, tensors are plain
+        level = private.leave_vmap_level() + 1  # outside it, tensors are plain
         try:
             rows = [_exposed(x, level) for x in arguments]
             sizes = {x.shape[0] for x in flatten(rows) if x is not None} - {1}
@@ -124,7 +125,7 @@ def _register(library: torch.library.Library, name: str, rule: Vmap) -> None:
             outputs = run(size, in_dims, values, options)
             return tuple(_hidden(x, dim, level) for x, dim in zip(outputs, dims, strict=True))
         finally:
-            torch._C._vmapmode_increment_nesting()
+            private.enter_vmap_level()
 
     torch.library.register_vmap(f"moda::{name}", mapped, lib=library)
     if name.endswith("_backward"):
@@ -135,7 +136,7 @@ def _exposed(x: Any, level: int) -> Any:
     """A tensor of the older vmap with its mapped dimension first; of size 1 if it has none."""
     if isinstance(x, list):
         return [_exposed(tensor, level) for tensor in x]
-    return None if x is None else torch._remove_batch_dim(x, level, 1, 0)
+    return None if x is None else private.remove_batch_dim(x, level, 1, 0)
 
 
 def _of_size(x: Any, size: int) -> Mapped:
@@ -151,7 +152,7 @@ def _of_size(x: Any, size: int) -> Mapped:
 def _hidden(x: Any, dim: int, level: int) -> Any:
     if isinstance(x, list):
         return [_hidden(tensor, dim, level) for tensor in x]
-    return torch._add_batch_dim(x, dim, level)
+    return private.add_batch_dim(x, dim, level)
 
 
 def _refuse(library: torch.library.Library, name: str, reason: str) -> None:

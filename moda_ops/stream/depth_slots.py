@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import _register_namedtuple
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from moda_ops import private
 from moda_ops.operators.arguments import Window, check_tensors
 from moda_ops.operators.attention import moda_attention
 from moda_ops.operators.attention_varlen import moda_attention_varlen
@@ -193,5 +193,5 @@ class DepthSlots(NamedTuple):
 
 
 # For torch.export.save and load.
-_register_namedtuple(DepthSlots, serialized_type_name="moda_ops.DepthSlots")
+private.register_namedtuple(DepthSlots, serialized_type_name="moda_ops.DepthSlots")
 torch.serialization.add_safe_globals([DepthSlots])

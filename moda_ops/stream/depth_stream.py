@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import _register_namedtuple
 
+from moda_ops import private
 from moda_ops.operators.arguments import (
     Window,
     check_bool,
@@ -225,7 +225,7 @@ class DepthStream(NamedTuple):
 
     def _traced(self) -> bool:
         """Whether the buffer is not plain memory: a compiler's, a transform's or a subclass's."""
-        seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        seen = torch.compiler.is_compiling() or private.transforms_active()
         return seen or type(self.buffer) is not Tensor
 
     def _check_reentrant(self, *, writes: bool = False) -> None:
@@ -464,5 +464,5 @@ class DepthStream(NamedTuple):
 
 
 # For torch.export.save and load.
-_register_namedtuple(DepthStream, serialized_type_name="moda_ops.DepthStream")
+private.register_namedtuple(DepthStream, serialized_type_name="moda_ops.DepthStream")
 torch.serialization.add_safe_globals([DepthStream])

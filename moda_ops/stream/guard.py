@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from moda_ops import private
 from moda_ops.stream.checkpointing import REENTRANT, in_reentrant_forward, recomputation
 
 DEBUG = os.environ.get("MODA_DEBUG") == "1"
@@ -26,7 +27,7 @@ class Record:
     def __init__(self, buffer: Tensor) -> None:
         self.storage = StorageWeakRef(buffer.untyped_storage())
         self.written = 0
-        self.backward = torch._C._current_graph_task_id()  # -1 outside of any
+        self.backward = private.graph_task_id()  # -1 outside of any
         self.inside_reentrant = not torch.is_grad_enabled() and in_reentrant_forward()
         self.without_gradient = False  # written in the first pass of a reentrant checkpoint
 
@@ -107,7 +108,7 @@ def _claimed_again(buffer: Tensor, slot: int) -> bool:
     with _lock:
         again = bool(record.written >> slot & 1)
         record.written |= 1 << slot
-    if again or torch._C._current_graph_task_id() != record.backward:
+    if again or private.graph_task_id() != record.backward:
         kind = recomputation()
         if kind == "reentrant":
             raise RuntimeError(REENTRANT)
@@ -129,7 +130,7 @@ def check_written(buffer: Tensor, places: Sequence[int], *, forward: bool = True
         return
     record = record_of(buffer)
     if record is None:
-        in_backward = torch._C._current_graph_task_id() != -1 or recomputation() is not None
+        in_backward = private.graph_task_id() != -1 or recomputation() is not None
         if forward and not in_backward and not _capturing(buffer):
             _refuse_copy()
         return

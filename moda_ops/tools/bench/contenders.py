@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moda_ops import private
 from moda_ops.operators.checks import Plan
 
 Call = Callable[[], Any]
@@ -163,7 +164,6 @@ def library(name: str) -> Any:
 
 def flex(x: Inputs, case: Case) -> Passes:
     """FlexAttention over the concatenated keys [sequence | depth]."""
-    from torch._functorch import config as functorch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T, L = case.T, case.L
@@ -188,10 +188,10 @@ def flex(x: Inputs, case: Case) -> Passes:
     def backward() -> tuple[Tensor, ...]:
         # Donated buffers would serve one backward. A patch holds in its own thread, so stay in it.
         one_thread = torch.autograd.set_multithreading_enabled(False)
-        with one_thread, functorch.patch(donated_buffer=False):
+        with one_thread, private.buffers_not_donated():
             return torch.autograd.grad(out, leaves, x.dout, retain_graph=True)
 
-    with functorch.patch(donated_buffer=False):
+    with private.buffers_not_donated():
         out = forward()
     return Passes(forward, backward)
 
