@@ -63,6 +63,8 @@ copybutton_prompt_is_regexp = True
 
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(torch|transformers|numpy|np|npt|collections)\..*")]
+# Sphinx reads the overloads of a decorated function in the decorator's module, without these names.
+nitpick_ignore = [("py:class", name) for name in ("Tensor", "DepthArgument", "Window", "Plan")]
 
 html_math_renderer = "mathml"  # browsers show it without MathJax, so without a network
 
